@@ -1,0 +1,5 @@
+"""The one error that users are meant to read."""
+
+
+class HymbaError(ValueError):
+    """Bad input, told in one line: what was wrong and what to do. The command line prints it and exits with 1."""

@@ -1,0 +1,274 @@
+"""What a sequence leaves behind: K/V per sharing group, and the convolution and SSM state of every layer.
+
+Two memories feed the same forward pass. :class:`Prefix` is what the meta tokens leave: immutable, differentiable, one
+row, the start of every sequence. :class:`Cache` is what a batch of sequences leaves: allocated once, mutated in place.
+Both answer `states`, `stored`, `extend`, `key_positions`, `next_positions` and `write`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba.errors import HymbaError
+from hymba.model.config import HymbaConfig
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The state after the meta tokens, the same for every row: B = 1, and row-expanded views when it is used.
+
+    keys, values: per owning layer, (1, M, G, K) and (1, M, G, V), keys rotated.
+    conv_state, ssm_state: per layer, (1, E, d_conv − 1) and (1, E, N), the latter in at least float32.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    conv_state: Sequence[Tensor]
+    ssm_state: Sequence[Tensor]
+
+    @classmethod
+    def blank(cls, config: HymbaConfig, dtype: torch.dtype, device: torch.device) -> Prefix:
+        """Return the memory that the meta tokens themselves start from: no keys, zero states."""
+        c, owners = config, sorted(set(config.owners))
+        wide = torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(1, c.d_inner, c.d_conv - 1, dtype=dtype, device=device)
+        ssm = torch.zeros(1, c.d_inner, c.d_state, dtype=wide, device=device)
+        keys = torch.zeros(1, 0, c.num_key_value_heads, c.head_dim, dtype=dtype, device=device)
+        values = torch.zeros(1, 0, c.num_key_value_heads, c.v_head_dim, dtype=dtype, device=device)
+        n = c.num_hidden_layers
+        return cls(dict.fromkeys(owners, keys), dict.fromkeys(owners, values), [conv] * n, [ssm] * n)
+
+    def next_positions(self, rows: int) -> Tensor:
+        """Return the position, meta tokens counted, of each row's next token. (B,)"""
+        keys = next(iter(self.keys.values()))
+        return torch.full((rows,), keys.shape[1], dtype=torch.int64, device=keys.device)
+
+    def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return the layer's conv and SSM state, expanded to `rows`."""
+        return self.conv_state[layer].expand(rows, -1, -1), self.ssm_state[layer].expand(rows, -1, -1)
+
+    def stored(self, owner: int) -> tuple[Tensor, Tensor]:
+        """Return the owner's stored keys and values."""
+        return self.keys[owner], self.values[owner]
+
+    def key_positions(self, window: int | None, query_positions: Tensor) -> Tensor:
+        """Return the positions of the keys that :meth:`extend` gives back. (B, M + T)"""
+        meta = next(iter(self.keys.values())).shape[1]
+        positions = torch.arange(meta, device=query_positions.device).expand(query_positions.shape[0], -1)
+        return torch.cat((positions, query_positions), dim=1)
+
+    def extend(
+        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `stored` followed by this call's `k` and `v`. (B, M + T, G, K or V)"""
+        del window, lengths  # nothing is overwritten, and padding keys carry position −1
+        rows = k.shape[0]
+        keys, values = (s.to(x.dtype).expand(rows, -1, -1, -1) for s, x in zip(stored, (k, v), strict=True))
+        return torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
+
+    def write(self, layer: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+        """Keep nothing: a prefix never changes."""
+
+    def reserve(self, lengths: Tensor | None, steps: int) -> None:
+        """Check nothing: a prefix is never full."""
+
+    def advance(self, lengths: Tensor | None, steps: int) -> None:
+        """Keep nothing: a prefix never changes."""
+
+
+@dataclass
+class Cache:
+    """The memory of B sequences. Rows in, rows out; every tensor is allocated once and mutated in place.
+
+    A sliding layer's buffer is the M meta tokens and a ring of W + 1 slots, a global layer's the M meta tokens and
+    `max_length` slots; text token p lies in slot M + p mod ring. Keys are stored rotated. A recurrent state cannot be
+    cropped: to be able to roll back, keep a copy of the row (:meth:`select`).
+
+    keys, values: per owning layer, (B, M + ring, G, K) and (B, M + ring, G, V).
+    conv_state: (L, B, E, d_conv − 1). ssm_state: (L, B, E, N), at least float32.
+    lengths: (B,) int64, the user's tokens held.
+    """
+
+    config: HymbaConfig
+    max_length: int
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    conv_state: Tensor
+    ssm_state: Tensor
+    lengths: Tensor
+    longest: int = 0  # an upper bound of lengths, known without asking the device
+
+    @classmethod
+    def start(cls, config: HymbaConfig, prefix: Prefix, rows: int, max_length: int) -> Cache:
+        """Allocate `rows` rows for `max_length` text tokens each, and copy the meta tokens' state into them.
+
+        Raises:
+            HymbaError: `rows` or `max_length` is not positive.
+        """
+        if rows < 1 or max_length < 1:
+            raise HymbaError(f"a cache needs at least one row and one token, not {rows} and {max_length}")
+        buffers: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for owner in sorted(set(config.owners)):
+            slots = _ring(config, owner, max_length)
+            for buffer, meta in zip(buffers, prefix.stored(owner), strict=True):
+                buffer[owner] = meta.new_zeros(rows, meta.shape[1] + slots, *meta.shape[2:])
+                buffer[owner][:, : meta.shape[1]] = meta
+        conv_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.conv_state])
+        ssm_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.ssm_state])
+        lengths = torch.zeros(rows, dtype=torch.int64, device=conv_state.device)
+        return cls(config, max_length, *buffers, conv_state, ssm_state, lengths)
+
+    @property
+    def rows(self) -> int:
+        """The number of sequences held."""
+        return self.lengths.shape[0]
+
+    def next_positions(self, rows: int) -> Tensor:
+        """Return the position, meta tokens counted, of each row's next token. (B,)"""
+        if rows != self.rows:
+            raise HymbaError(f"the cache holds {self.rows} rows, the input has {rows}: select() the rows first")
+        return self.config.num_meta_tokens + self.lengths
+
+    def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Return the layer's conv and SSM state."""
+        return self.conv_state[layer], self.ssm_state[layer]
+
+    def stored(self, owner: int) -> tuple[Tensor, Tensor]:
+        """Return the owner's buffers."""
+        return self.keys[owner], self.values[owner]
+
+    def reserve(self, lengths: Tensor | None, steps: int) -> None:
+        """Check that a call of `steps` tokens, `lengths` (B,) of them real, still fits.
+
+        Raises:
+            HymbaError: a row would pass `max_length`.
+        """
+        if self.longest + steps > self.max_length:
+            self.longest = int(self.lengths.max())
+            if int((self.lengths + (steps if lengths is None else lengths)).max()) > self.max_length:
+                raise HymbaError(
+                    f"the cache holds {self.max_length} tokens a row and {self.longest} are taken: "
+                    f"{steps} more do not fit; allocate it with a larger max_length"
+                )
+
+    def key_positions(self, window: int | None, query_positions: Tensor) -> Tensor:
+        """Return the positions of the keys that :meth:`extend` gives back, −1 for empty slots. (B, S)"""
+        meta, steps = self.config.num_meta_tokens, query_positions.shape[1]
+        ring = self.max_length if window is None else window + 1
+        written = _writes_first(window, steps)
+        held = self.lengths + (query_positions >= 0).sum(1) if written else self.lengths
+        slots = torch.arange(self._used(ring, steps if written else 0), device=self.lengths.device)
+        # Slot j of a ring that has taken n tokens holds the newest token p < n with p = j (mod ring).
+        last = held[:, None] - 1
+        tokens = last - (last - slots) % ring
+        positions = torch.where(tokens >= 0, tokens + meta, -1)
+        metas = torch.arange(meta, device=self.lengths.device).expand(self.rows, -1)
+        return torch.cat((metas, positions) if written else (metas, positions, query_positions), dim=1)
+
+    def extend(
+        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Write this call's `k` and `v` into the buffers `stored`; return the keys and values to attend to.
+
+        A chunk in a sliding layer still needs keys that it is about to overwrite, so it attends to the stored keys and
+        its own side by side; elsewhere the buffer itself serves, without a copy. `lengths` as in `Hymba.forward`.
+        """
+        meta, steps = self.config.num_meta_tokens, k.shape[1]
+        ring = stored[0].shape[1] - meta
+        written = _writes_first(window, steps)
+        end = meta + self._used(ring, steps if written else 0)
+        if written:
+            self._write_ring(stored, (k, v), lengths)
+            return stored[0][:, :end], stored[1][:, :end]
+        keys, values = (torch.cat((s[:, :end], x), dim=1) for s, x in zip(stored, (k, v), strict=True))
+        self._write_ring(stored, (k, v), lengths)
+        return keys, values
+
+    def _used(self, ring: int, steps: int) -> int:
+        """Return how many slots of a ring can hold a token once `steps` more are written."""
+        return min(ring, self.longest + steps)
+
+    def _write_ring(self, buffers: Sequence[Tensor], own: Sequence[Tensor], lengths: Tensor | None) -> None:
+        meta, steps = self.config.num_meta_tokens, own[0].shape[1]
+        ring = buffers[0].shape[1] - meta
+        count, device = min(steps, ring), self.lengths.device
+        real = self.lengths.new_full((self.rows,), steps) if lengths is None else lengths
+        # The last `ring` real tokens of each row; consecutive tokens never share a slot.
+        tokens = (real - ring).clamp(min=0)[:, None] + torch.arange(count, device=device)
+        rows = torch.arange(self.rows, device=device)[:, None]
+        slots = meta + (self.lengths[:, None] + tokens) % ring
+        for buffer, new in zip(buffers, own, strict=True):
+            new = new[rows, tokens].to(buffer.dtype) if steps > ring else new.to(buffer.dtype)
+            if lengths is not None:  # padding puts back what its slot holds
+                new = torch.where((tokens < real[:, None])[:, :, None, None], new, buffer[rows, slots])
+            buffer[rows, slots] = new
+
+    def write(self, layer: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+        """Store the layer's state after this call."""
+        self.conv_state[layer].copy_(conv_state)
+        self.ssm_state[layer].copy_(ssm_state)
+
+    def advance(self, lengths: Tensor | None, steps: int) -> None:
+        """Count this call's tokens as held; called once, after the last layer."""
+        self.lengths += steps if lengths is None else lengths
+        self.longest += steps
+
+    def select(self, rows: Tensor) -> Cache:
+        """Return a copy that holds the rows named by the index `rows` (repeats allowed): beams, forks, snapshots."""
+        keys, values = ({i: x[rows] for i, x in held.items()} for held in (self.keys, self.values))
+        states = self.conv_state[:, rows], self.ssm_state[:, rows]
+        return replace(self, keys=keys, values=values, conv_state=states[0], ssm_state=states[1], lengths=self.lengths[rows])
+
+    def grow(self, max_length: int) -> None:
+        """Make room for `max_length` text tokens a row; only the global layers' buffers are copied."""
+        extra = max_length - self.max_length
+        if extra <= 0:
+            return
+        for held in (self.keys, self.values):
+            for owner in held:
+                if self.config.window(owner) is None:
+                    held[owner] = F.pad(held[owner], (0, 0, 0, 0, 0, extra))
+        self.max_length = max_length
+
+    def nbytes(self) -> int:
+        """Return the bytes of every tensor held."""
+        held = (*self.keys.values(), *self.values.values(), self.conv_state, self.ssm_state, self.lengths)
+        return sum(x.numel() * x.element_size() for x in held)
+
+
+def _writes_first(window: int | None, steps: int) -> bool:
+    """Return whether a call may write its keys before attending: nothing it needs is overwritten by it."""
+    return window is None or steps == 1
+
+
+def _ring(config: HymbaConfig, layer: int, max_length: int) -> int:
+    """Return the text slots of a layer's buffer: W + 1 when it slides, `max_length` when it is global."""
+    window = config.window(layer)
+    return max_length if window is None else window + 1
+
+
+def cache_nbytes(config: HymbaConfig, tokens: int, element_size: int = 2) -> int:
+    """Return the bytes that one row of a :class:`Cache` for `tokens` text tokens really holds."""
+    c = config
+    per_slot = c.num_key_value_heads * (c.head_dim + c.v_head_dim) * element_size
+    slots = sum(c.num_meta_tokens + _ring(c, owner, tokens) for owner in set(c.owners))
+    states = c.num_hidden_layers * c.d_inner * ((c.d_conv - 1) * element_size + c.d_state * 4)
+    return slots * per_slot + states + 8
+
+
+def paper_cache_nbytes(config: HymbaConfig, tokens: int) -> int:
+    """Return the cache size by the arithmetic of arXiv 2411.13676: two bytes a value, and sliding layers in pairs.
+
+    The paper counts the meta tokens in the global layers only, half of all sliding layers, and leaves out the
+    convolution's state; "8K" there means 8000 tokens.
+    """
+    c = config
+    per_slot = c.num_key_value_heads * (c.head_dim + c.v_head_dim) * 2
+    sliding = c.num_hidden_layers - len(c.global_layers)
+    slots = len(c.global_layers) * (tokens + c.num_meta_tokens) + sliding * min(tokens, c.sliding_window) / 2
+    return int(slots * per_slot) + c.num_hidden_layers * c.d_inner * c.d_state * 2

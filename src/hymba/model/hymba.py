@@ -1,0 +1,390 @@
+"""Hymba, the whole network, top-down (arXiv 2411.13676). Shape letters: see :mod:`hymba.model.config`.
+
+Every layer reads its input with attention heads and Mamba heads side by side and averages the two. There is one path:
+training has no cache, prefill is T > 1, decode is T = 1, and a chunk is any T on a filled cache. The M meta tokens run
+once, as one row; what they leave (:class:`~hymba.model.cache.Prefix`) is where every row and every packed document
+starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hymba.errors import HymbaError
+from hymba.model.cache import Cache, Prefix
+from hymba.model.config import HymbaConfig
+from hymba.ops.attention import attention, attention_weights, visible
+from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.precision import accumulate_dtype
+from hymba.ops.rms_norm import rms_norm
+from hymba.ops.rotary import apply_rotary, rotary_tables
+from hymba.ops.selective_scan import selective_scan
+
+
+class HymbaOutput(NamedTuple):
+    """What a forward pass returns.
+
+    hidden: (B, T, D) after the final norm.
+    hidden_states: None, or L + 1 tensors (B, T, D): the input of each layer, then `hidden`.
+    attentions: None, or L tensors (B, H, T, S) in at least float32, the meta tokens first, then what the layer keeps.
+    """
+
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Hymba(nn.Module):
+    """The hybrid-head language model. Weights are uninitialised until `init_weights` or `load` fills them."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.meta_tokens = nn.Parameter(torch.empty(c.num_meta_tokens, c.hidden_size))
+        self.layers = nn.ModuleList(HymbaLayer(c, i) for i in range(c.num_hidden_layers))
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable = partial(checkpoint, use_reentrant=False)
+        self._kept_prefix: tuple[tuple, Prefix] | None = None
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        cache: Cache | None = None,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> HymbaOutput:
+        """Run T tokens of each row behind the meta tokens, or behind what `cache` holds.
+
+        Args:
+            tokens: (B, T) int64, text tokens only; or
+            embeddings: (B, T, D) in their place.
+            cache: read and, at the end, T tokens longer.
+            lengths: (B,) int64, real tokens per row; the rest of the row is padding on the right. None: all T.
+            documents: (B, T) int64, the same number on all tokens of one packed document. Not with a cache.
+            positions: (B, T) int64 rotary positions in place of the natural ones, 0 = first text token.
+
+        Raises:
+            HymbaError: the arguments contradict one another, or the cache is full.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise HymbaError("give either tokens or embeddings")
+        if cache is not None and documents is not None:
+            raise HymbaError("packed documents and a cache exclude each other: run the documents as rows")
+        x = self.embed_tokens(tokens) if embeddings is None else embeddings
+        base = self._rope_base(x.shape[1], cache)
+        memory = self.prefix(base) if cache is None else cache
+        memory.reserve(lengths, x.shape[1])
+        call = self._place(x, memory, base, lengths, documents, positions)
+        call.output_attentions = output_attentions
+        output, _ = self._run(x, memory, call, output_hidden_states)
+        memory.advance(lengths, x.shape[1])
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (..., vocab) logits in at least float32 of hidden states (..., D)."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        scores = F.linear(hidden, head.weight)
+        return scores.to(accumulate_dtype(scores))
+
+    def allocate_cache(self, rows: int, max_length: int) -> Cache:
+        """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state."""
+        with torch.no_grad():
+            return Cache.start(self.config, self.prefix(self._rope_base(0, None)), rows, max_length)
+
+    def prefix(self, base: float | None = None) -> Prefix:
+        """Return the meta tokens' state for the rotary base `base`; without gradients it is computed once per weights."""
+        base = self._rope_base(0, None) if base is None else base
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return self.run_meta_tokens(base)[0]
+        key = (base, self._autocast_dtype(), *((p.data_ptr(), _version(p)) for p in self.parameters()))
+        if self._kept_prefix is None or self._kept_prefix[0] != key:
+            self._kept_prefix = key, self.run_meta_tokens(base)[0]
+        return self._kept_prefix[1]
+
+    def run_meta_tokens(
+        self, base: float | None = None, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> tuple[Prefix, HymbaOutput]:
+        """Run the meta tokens alone, one row of T = M, and return the state they leave and their own outputs."""
+        x = self.meta_tokens[None]
+        blank = Prefix.blank(self.config, x.dtype, x.device)
+        call = self._place(x, blank, self._rope_base(0, None) if base is None else base)
+        call.output_attentions = output_attentions
+        output, prefix = self._run(x, blank, call, output_hidden_states)
+        return prefix, output
+
+    def _run(
+        self, x: Tensor, memory: Cache | Prefix, call: Call, output_hidden_states: bool
+    ) -> tuple[HymbaOutput, Prefix]:
+        """Run all layers; return the outputs and the state they leave."""
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        conv_states, ssm_states, hidden_states, attentions = [], [], [], []
+        for i, (layer, owner) in enumerate(zip(self.layers, self.config.owners, strict=True)):
+            if output_hidden_states:
+                hidden_states.append(x)
+            shared = memory.stored(owner) if owner == i else (keys[owner], values[owner])
+            out = self._call_layer(layer, x, *shared, *memory.states(i, x.shape[0]), memory, call)
+            x, keys[owner], values[owner], conv_state, ssm_state, weights = out
+            memory.write(i, conv_state, ssm_state)
+            conv_states.append(conv_state)
+            ssm_states.append(ssm_state)
+            attentions.append(weights)
+        x = self.final_norm(x)
+        output = HymbaOutput(
+            x,
+            (*hidden_states, x) if output_hidden_states else None,
+            tuple(attentions) if call.output_attentions else None,
+        )
+        return output, Prefix(keys, values, conv_states, ssm_states)
+
+    def _call_layer(self, layer: HymbaLayer, *arguments: object) -> LayerOutput:
+        """Run a layer, forgetting its activations until the backward pass under gradient checkpointing."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(layer.__call__, *arguments)
+        return layer(*arguments)
+
+    def _place(
+        self,
+        x: Tensor,
+        memory: Cache | Prefix,
+        base: float,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Call:
+        """Work out, once for all layers, where this call's tokens stand and what they may see."""
+        rows, steps = x.shape[:2]
+        offsets = torch.arange(steps, device=x.device).expand(rows, -1)
+        if documents is not None:
+            starts = torch.ones_like(documents, dtype=torch.bool)
+            starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            offsets = offsets - torch.where(starts, offsets, 0).cummax(dim=1).values
+        query_positions = memory.next_positions(rows)[:, None] + offsets
+        rotary_positions = query_positions if positions is None else positions + self.config.num_meta_tokens
+        if lengths is not None:
+            query_positions = torch.where(torch.arange(steps, device=x.device) < lengths[:, None], query_positions, -1)
+        tables = rotary_tables(rotary_positions, self.config.head_dim, base, x.dtype)
+        windows = {self.config.window(i) for i in range(len(self.layers))}
+        key_positions = {w: memory.key_positions(w, query_positions) for w in windows}
+        return Call(
+            query_positions, key_positions, tables, lengths, documents, offsets if documents is not None else None
+        )
+
+    def _rope_base(self, steps: int, cache: Cache | None) -> float:
+        """Return the rotary base; only "dynamic_ntk" looks at the length, as the released code does, call by call."""
+        held = 0 if cache is None or self.config.rope_type != "dynamic_ntk" else int(cache.lengths.max())
+        return self.config.rope_base(self.config.num_meta_tokens + held + steps)
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        device = self.meta_tokens.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@dataclass
+class Call:
+    """Where the tokens of one call stand. Positions count the meta tokens; −1 is padding or an empty slot.
+
+    query_positions: (B, T). key_positions: by window, (B, S). rotary: cos and sin, (B, T, K/2).
+    lengths: (B,) or None. documents, document_offsets: (B, T) or None.
+    """
+
+    query_positions: Tensor
+    key_positions: dict[int | None, Tensor]
+    rotary: tuple[Tensor, Tensor]
+    lengths: Tensor | None
+    documents: Tensor | None
+    document_offsets: Tensor | None
+    output_attentions: bool = False
+
+    def mask(self, window: int | None, num_meta: int) -> dict[str, Tensor | int | None]:
+        """Return the keyword arguments that tell the attention op what may be seen."""
+        keys = self.key_positions[window]
+        key_documents = self.documents
+        if key_documents is not None:  # the meta tokens before them belong to no document
+            key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
+        return {
+            "query_positions": self.query_positions,
+            "key_positions": keys,
+            "window": window,
+            "num_meta": num_meta,
+            "query_documents": self.documents,
+            "key_documents": key_documents,
+        }
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns: its output (B, T, D), the keys and values it attended to, the states it leaves, and its
+    attention matrices when they were asked for."""
+
+    x: Tensor
+    keys: Tensor
+    values: Tensor
+    conv_state: Tensor
+    ssm_state: Tensor
+    attention: Tensor | None
+
+
+class HymbaLayer(nn.Module):
+    """Hybrid heads, then a gated MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = HybridMixer(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        memory: Cache | Prefix,
+        call: Call,
+    ) -> LayerOutput:
+        """Map (B, T, D) to (B, T, D). `keys` and `values` are the owner's: stored ones if this layer is the owner,
+        complete ones if it is a consumer. They are arguments, so that gradient checkpointing sees them as values."""
+        out = self.mixer(self.input_norm(x), keys, values, conv_state, ssm_state, memory, call)
+        x = x + out.x
+        x = x + self.mlp(self.mlp_norm(x))
+        return out._replace(x=x)
+
+
+class HybridMixer(nn.Module):
+    """Attention heads and Mamba heads over one input projection, normed, averaged and projected back."""
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        c = self.config = config
+        self.is_owner = c.owners[layer] == layer
+        self.window = c.window(layer)
+        query_width = c.num_attention_heads * c.head_dim
+        kv_widths = (c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.v_head_dim)
+        # Rows of in_proj: query, (key, value,) SSM input, SSM gate.
+        self.widths = [query_width, *(kv_widths if self.is_owner else ()), c.d_inner, c.d_inner]
+        self.in_proj = nn.Linear(c.hidden_size, sum(self.widths), bias=False)
+        self.conv = nn.Conv1d(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
+        self.x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
+        self.dt_norm = RMSNorm(c.dt_rank, c.rms_norm_eps)
+        self.B_norm = RMSNorm(c.d_state, c.rms_norm_eps)
+        self.C_norm = RMSNorm(c.d_state, c.rms_norm_eps)
+        self.dt_proj = StepProjection(c.dt_rank, c.d_inner)
+        self.A_log = nn.Parameter(torch.empty(c.d_inner, c.d_state))
+        self.D = nn.Parameter(torch.empty(c.d_inner))
+        self.attention_norm = RMSNorm(c.d_inner, c.rms_norm_eps)
+        self.ssm_norm = RMSNorm(c.d_inner, c.rms_norm_eps)
+        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        memory: Cache | Prefix,
+        call: Call,
+    ) -> LayerOutput:
+        """See :meth:`HymbaLayer.forward`."""
+        q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)
+        if self.is_owner:
+            k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
+            v = self._heads(kv[1], self.config.num_key_value_heads)
+            keys, values = memory.extend(self.window, (keys, values), k, v, call.lengths)
+        attended, weights = self._attend(q, keys, values, call)
+        scanned, conv_state, ssm_state = self._scan(u, gate, conv_state, ssm_state, call)
+        mixed = (self.attention_norm(attended) + self.ssm_norm(scanned)) / 2
+        return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Return the attention branch (B, T, E), and its matrices (B, H, T, S) when they are asked for."""
+        q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
+        mask = call.mask(self.window, self.config.num_meta_tokens)
+        weights = attention_weights(q, keys, visible(**mask)) if call.output_attentions else None
+        return attention(q, keys, values, **mask).flatten(2), weights
+
+    def _scan(
+        self, u: Tensor, gate: Tensor, conv_state: Tensor, ssm_state: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the Mamba branch (B, T, E) and the states it leaves (arXiv 2312.00752, with normed dt, B and C)."""
+        c, ragged = self.config, {"lengths": call.lengths, "document_offsets": call.document_offsets}
+        u, conv_state = causal_conv1d(u, self.conv.weight[:, 0], self.conv.bias, initial_state=conv_state, **ragged)
+        dt, B, C = self.x_proj(u).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
+        y, ssm_state = selective_scan(
+            u,
+            self.dt_proj(self.dt_norm(dt)),
+            -torch.exp(self.A_log.to(accumulate_dtype(self.A_log))),
+            self.B_norm(B),
+            self.C_norm(C),
+            self.D,
+            dt_bias=self.dt_proj.bias,
+            gate=gate,
+            initial_state=ssm_state,
+            **ragged,
+        )
+        return y, conv_state, ssm_state
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1))
+
+    def _rotate(self, x: Tensor, call: Call) -> Tensor:
+        cos, sin = call.rotary
+        return apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+class StepProjection(nn.Linear):
+    """The projection to step sizes δ. It leaves its bias to the scan, which adds it in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, R) to (B, T, E), without the bias."""
+        return F.linear(x, self.weight)
+
+
+class MLP(nn.Module):
+    """down( SiLU(gate x) · up x )."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight; see :func:`hymba.ops.rms_norm.rms_norm`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., width) to (..., width)."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _version(parameter: Tensor) -> int:
+    """Return a number that grows with every change made in place."""
+    return 0 if parameter.is_inference() else parameter._version

@@ -1,0 +1,10 @@
+"""Functions of tensors: each op has a reference, which is the definition, and faster implementations that equal it."""
+
+from hymba.ops.attention import attention
+from hymba.ops.backend import use_backend
+from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.rms_norm import rms_norm
+from hymba.ops.rotary import apply_rotary, rotary_tables
+from hymba.ops.selective_scan import selective_scan
+
+__all__ = ["apply_rotary", "attention", "causal_conv1d", "rms_norm", "rotary_tables", "selective_scan", "use_backend"]

@@ -1,0 +1,70 @@
+"""Attention by torch's fused kernels, block by block, so that a sliding layer's cost grows with T·W and not with T²."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba.ops.attention.reference import visible
+
+# Queries taken together. Large enough to keep the matrix units busy, small enough that a block's keys are few.
+BLOCK = 512
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    num_meta: int,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+) -> Tensor:
+    """Fast path for :func:`hymba.ops.attention.attention`, same signature."""
+    outputs = []
+    for start in range(0, q.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        positions = query_positions[:, block]
+        keys = _needed_keys(positions, key_positions, window, num_meta) if q.shape[1] > 1 else None
+        select = (lambda x: x) if keys is None else (lambda x, keys=keys: x.index_select(1, keys))
+        seen = visible(
+            positions,
+            select(key_positions),
+            window=window,
+            num_meta=num_meta,
+            query_documents=None if query_documents is None else query_documents[:, block],
+            key_documents=None if key_documents is None else select(key_documents),
+        )
+        outputs.append(_fused(q[:, block], select(k), select(v), seen))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _needed_keys(query_positions: Tensor, key_positions: Tensor, window: int | None, num_meta: int) -> Tensor | None:
+    """Return the indices of keys that some query of this block may see in some row, or None when that is all of them."""
+    last = query_positions.amax(dim=1, keepdim=True)
+    near = (key_positions >= 0) & (key_positions <= last)
+    if window is not None:
+        real = query_positions.masked_fill(query_positions < 0, torch.iinfo(torch.int64).max)
+        near &= (key_positions >= real.amin(dim=1, keepdim=True) - window) | (key_positions < num_meta)
+    needed = near.any(dim=0)
+    return None if bool(needed.all()) else needed.nonzero()[:, 0]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Run one block through scaled_dot_product_attention.
+
+    Flash attention on CPU serves only equal key and value widths, so the narrower of the two is padded with zeros;
+    zeros change neither scores nor the columns that are kept.
+    """
+    key_width, value_width = q.shape[-1], v.shape[-1]
+    width = max(key_width, value_width)
+    sees_any = seen.any(dim=-1)
+    # A row that sees nothing (padding) would be NaN: let it see everything, and clear it afterwards.
+    mask = (seen | ~sees_any[..., None])[:, None]
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=key_width**-0.5, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)[..., :value_width] * sees_any[..., None, None].to(out.dtype)

@@ -1,0 +1,45 @@
+"""The definition of Hymba's attention: the whole score matrix, one mask, one softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hymba.ops.precision import accumulate_dtype
+
+
+def visible(
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None,
+    num_meta: int,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+) -> Tensor:
+    """Return the mask (B, T, S): True where a query sees a key. See :func:`hymba.ops.attention.attention`."""
+    i, j = query_positions[:, :, None], key_positions[:, None, :]
+    seen = (j >= 0) & (j <= i)
+    if window is not None:
+        seen &= (i - j <= window) | (j < num_meta)
+    if query_documents is not None and key_documents is not None:
+        seen &= (query_documents[:, :, None] == key_documents[:, None, :]) | (j < num_meta)
+    return seen
+
+
+def attention_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero."""
+    groups = q.shape[2] // k.shape[2]
+    wide = accumulate_dtype(q)
+    keys = k.repeat_interleave(groups, dim=2).to(wide)
+    scores = torch.einsum("bthk,bshk->bhts", q.to(wide) * q.shape[-1] ** -0.5, keys)
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(wide).min)
+    return scores.softmax(dim=-1) * seen[:, None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Tensor | int | None) -> Tensor:
+    """Reference for :func:`hymba.ops.attention.attention`, same signature."""
+    query_positions, key_positions = mask.pop("query_positions"), mask.pop("key_positions")
+    weights = attention_weights(q, k, visible(query_positions, key_positions, **mask))  # type: ignore[arg-type]
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).to(weights.dtype)
+    return torch.einsum("bhts,bshv->bthv", weights, values).to(q.dtype)

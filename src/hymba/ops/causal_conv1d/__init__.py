@@ -1,0 +1,42 @@
+"""Depthwise causal convolution followed by SiLU, as Mamba uses it (arXiv 2312.00752)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hymba.ops.backend import choose
+from hymba.ops.causal_conv1d import cpu, reference
+
+IMPLEMENTATIONS = {"reference": reference.causal_conv1d, "cpu": cpu.causal_conv1d}
+
+
+def causal_conv1d(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    document_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own taps over the current and earlier steps, then apply SiLU.
+
+    Args:
+        u: (B, T, E) inputs.
+        weight: (E, taps); the last tap weighs the current step.
+        bias: (E,).
+        initial_state: (B, E, taps − 1) inputs before step 0, oldest first; zeros when None.
+        lengths: (B,) int64, valid steps per row; all T when None. They decide the final state only.
+        document_offsets: (B, T) int64, each step's distance from the start of its packed document. A document sees
+            `initial_state` before its first step and nothing of its neighbour.
+
+    Returns:
+        SiLU of the convolution, (B, T, E) in the dtype of `u`, and the final state (B, E, taps − 1): the last inputs
+        before ``lengths``.
+    """
+    return choose(IMPLEMENTATIONS, u)(
+        u, weight, bias, initial_state=initial_state, lengths=lengths, document_offsets=document_offsets
+    )
+
+
+__all__ = ["IMPLEMENTATIONS", "causal_conv1d"]

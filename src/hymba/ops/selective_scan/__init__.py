@@ -1,0 +1,68 @@
+"""Mamba's selective state-space scan (arXiv 2312.00752, section 3.2 and algorithm 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hymba.ops.backend import choose
+from hymba.ops.selective_scan import cpu, reference
+
+IMPLEMENTATIONS = {"reference": reference.selective_scan, "cpu": cpu.selective_scan}
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    dt_bias: Tensor,
+    gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    document_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence of N states per channel over the steps, and read it out.
+
+    With δ_t = softplus(dt_t + dt_bias)::
+
+        s_t = exp(δ_t A) s_{t−1} + δ_t B_t u_t
+        y_t = (C_t · s_t + D u_t) · SiLU(gate_t)
+
+    Everything is computed in float32, or in float64 where `u` is float64. Differentiable in every floating argument.
+
+    Args:
+        u: (B, T, E) inputs, T ≥ 1.
+        dt: (B, T, E) step sizes before their bias and softplus.
+        A: (E, N) decay rates, negative.
+        B, C: (B, T, N) input and output maps, shared by all channels.
+        D: (E,) weight of the direct path.
+        dt_bias: (E,).
+        gate: (B, T, E), or None for no gate.
+        initial_state: (B, E, N) state before step 0; zeros when None.
+        lengths: (B,) int64, valid steps per row; all T when None. Later steps have size zero: the state stands still.
+        document_offsets: (B, T) int64, each step's distance from the start of its packed document. A document's first
+            step (offset 0) starts from `initial_state`, not from its neighbour's state.
+
+    Returns:
+        y, (B, T, E) in the dtype of `u`, and the final state (B, E, N) in float32 or wider. What y holds after a row's
+        length is finite and has no meaning.
+    """
+    return choose(IMPLEMENTATIONS, u)(
+        u,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias=dt_bias,
+        gate=gate,
+        initial_state=initial_state,
+        lengths=lengths,
+        document_offsets=document_offsets,
+    )
+
+
+__all__ = ["IMPLEMENTATIONS", "selective_scan"]
