@@ -2,4 +2,4 @@
 
 
 class HymbaError(ValueError):
-    """Bad input, told in one line: what was wrong and what to do. The command line prints it and exits with 1."""
+    """Bad input, told in one line: what was wrong and what to do. The CLI prints it and exits with 1."""

@@ -222,7 +222,14 @@ class Cache:
         """Return a copy that holds the rows named by the index `rows` (repeats allowed): beams, forks, snapshots."""
         keys, values = ({i: x[rows] for i, x in held.items()} for held in (self.keys, self.values))
         states = self.conv_state[:, rows], self.ssm_state[:, rows]
-        return replace(self, keys=keys, values=values, conv_state=states[0], ssm_state=states[1], lengths=self.lengths[rows])
+        return replace(
+            self,
+            keys=keys,
+            values=values,
+            conv_state=states[0],
+            ssm_state=states[1],
+            lengths=self.lengths[rows],
+        )
 
     def grow(self, max_length: int) -> None:
         """Make room for `max_length` text tokens a row; only the global layers' buffers are copied."""

@@ -109,11 +109,20 @@ class HymbaConfig:
 
     def __post_init__(self) -> None:
         for problem, holds in (
-            ("num_attention_heads is not a multiple of num_key_value_heads", self.num_attention_heads % self.num_key_value_heads == 0),
-            ("d_inner is not num_attention_heads x v_head_dim", self.d_inner == self.num_attention_heads * self.v_head_dim),
+            (
+                "num_attention_heads is not a multiple of num_key_value_heads",
+                self.num_attention_heads % self.num_key_value_heads == 0,
+            ),
+            (
+                "d_inner is not num_attention_heads x v_head_dim",
+                self.d_inner == self.num_attention_heads * self.v_head_dim,
+            ),
             ("head_dim is odd", self.head_dim % 2 == 0),
             (f"rope_type is {self.rope_type!r}, not one of {ROPE_TYPES}", self.rope_type in ROPE_TYPES),
-            ("global_layers names a layer that is not there", all(0 <= i < self.num_hidden_layers for i in self.global_layers)),
+            (
+                "global_layers names a layer that is not there",
+                all(0 <= i < self.num_hidden_layers for i in self.global_layers),
+            ),
         ):
             if not holds:
                 raise HymbaError(f"impossible config: {problem}")
@@ -125,7 +134,9 @@ class HymbaConfig:
             raise HymbaError("impossible config: kv_groups repeats a layer or names one that is not there")
         for group in self.kv_groups:
             if list(group) != sorted(group) or len({i in self.global_layers for i in group}) > 1:
-                raise HymbaError(f"impossible config: KV group {list(group)} is unsorted or mixes global and sliding layers")
+                raise HymbaError(
+                    f"impossible config: KV group {list(group)} is unsorted or mixes global and sliding layers"
+                )
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -141,7 +152,7 @@ class HymbaConfig:
         return None if layer in self.global_layers else self.sliding_window
 
     def rope_base(self, length: int) -> float:
-        """Return the rotary base for a sequence whose largest position is `length` − 1 (it matters to "dynamic_ntk")."""
+        """Return the rotary base for `length` positions; the length matters to "dynamic_ntk" only."""
         trained = self.orig_max_position_embeddings
         if self.rope_type == "ntk":
             return ntk_base(self.rope_theta, self.max_position_embeddings, trained, self.head_dim)
@@ -219,7 +230,7 @@ class HymbaConfig:
 
 def _or(value: int | None, otherwise: int) -> int:
     """Return `value`, or `otherwise` where the released config says None or −1."""
-    return otherwise if value in (None, -1) else int(value)  # type: ignore[arg-type]
+    return otherwise if value in (None, -1) else int(value)
 
 
 def _freeze(value: Any) -> Any:
@@ -276,16 +287,16 @@ def _odd_first(layers: range) -> tuple[tuple[int, ...], ...]:
 
 SIZES = {
     "tiny": HymbaConfig(
-        vocab_size=4096,
+        vocab_size=3072,
         hidden_size=192,
         num_hidden_layers=6,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
         v_head_dim=128,
-        intermediate_size=512,
+        intermediate_size=384,
         d_inner=384,
-        d_state=16,
+        d_state=8,
         d_conv=4,
         dt_rank=12,
         num_meta_tokens=16,
@@ -293,7 +304,7 @@ SIZES = {
         global_layers=(0, 3, 5),
         kv_groups=((1, 2), (4,)),
         max_position_embeddings=2048,
-        orig_max_position_embeddings=2048,
+        orig_max_position_embeddings=512,
         rope_type="default",
     ),
     "125m": _family(24, 512, 8, 4, 1664),

@@ -8,20 +8,17 @@ starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hymba.errors import HymbaError
 from hymba.model.cache import Cache, Prefix
 from hymba.model.config import HymbaConfig
-from hymba.ops.attention import attention, attention_weights, visible
+from hymba.ops.attention import Mask, attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
 from hymba.ops.precision import accumulate_dtype
 from hymba.ops.rms_norm import rms_norm
@@ -45,17 +42,28 @@ class HymbaOutput(NamedTuple):
 class Hymba(nn.Module):
     """The hybrid-head language model. Weights are uninitialised until `init_weights` or `load` fills them."""
 
+    layer_class: type[HymbaLayer]  # a subclass may take layers that can be checkpointed, sharded, …
+
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.meta_tokens = nn.Parameter(torch.empty(c.num_meta_tokens, c.hidden_size))
-        self.layers = nn.ModuleList(HymbaLayer(c, i) for i in range(c.num_hidden_layers))
+        meta = torch.empty(c.num_meta_tokens, c.hidden_size)
+        self.meta_tokens = nn.Parameter(meta) if c.num_meta_tokens else None
+        self.layers = nn.ModuleList(self.layer_class(c, i) for i in range(c.num_hidden_layers))
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable = partial(checkpoint, use_reentrant=False)
         self._kept_prefix: tuple[tuple, Prefix] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.embed_tokens.weight.dtype
 
     def forward(
         self,
@@ -108,7 +116,7 @@ class Hymba(nn.Module):
             return Cache.start(self.config, self.prefix(self._rope_base(0, None)), rows, max_length)
 
     def prefix(self, base: float | None = None) -> Prefix:
-        """Return the meta tokens' state for the rotary base `base`; without gradients it is computed once per weights."""
+        """Return the meta tokens' state for a rotary base; without gradients it is computed once per weights."""
         base = self._rope_base(0, None) if base is None else base
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return self.run_meta_tokens(base)[0]
@@ -121,8 +129,10 @@ class Hymba(nn.Module):
         self, base: float | None = None, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> tuple[Prefix, HymbaOutput]:
         """Run the meta tokens alone, one row of T = M, and return the state they leave and their own outputs."""
+        blank = Prefix.blank(self.config, self.dtype, self.device)
+        if self.meta_tokens is None:
+            return blank, HymbaOutput(self.embed_tokens.weight.new_empty(1, 0, self.config.hidden_size))
         x = self.meta_tokens[None]
-        blank = Prefix.blank(self.config, x.dtype, x.device)
         call = self._place(x, blank, self._rope_base(0, None) if base is None else base)
         call.output_attentions = output_attentions
         output, prefix = self._run(x, blank, call, output_hidden_states)
@@ -139,7 +149,7 @@ class Hymba(nn.Module):
             if output_hidden_states:
                 hidden_states.append(x)
             shared = memory.stored(owner) if owner == i else (keys[owner], values[owner])
-            out = self._call_layer(layer, x, *shared, *memory.states(i, x.shape[0]), memory, call)
+            out = layer(x, *shared, *memory.states(i, x.shape[0]), memory, call)
             x, keys[owner], values[owner], conv_state, ssm_state, weights = out
             memory.write(i, conv_state, ssm_state)
             conv_states.append(conv_state)
@@ -152,12 +162,6 @@ class Hymba(nn.Module):
             tuple(attentions) if call.output_attentions else None,
         )
         return output, Prefix(keys, values, conv_states, ssm_states)
-
-    def _call_layer(self, layer: HymbaLayer, *arguments: object) -> LayerOutput:
-        """Run a layer, forgetting its activations until the backward pass under gradient checkpointing."""
-        if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(layer.__call__, *arguments)
-        return layer(*arguments)
 
     def _place(
         self,
@@ -183,7 +187,12 @@ class Hymba(nn.Module):
         windows = {self.config.window(i) for i in range(len(self.layers))}
         key_positions = {w: memory.key_positions(w, query_positions) for w in windows}
         return Call(
-            query_positions, key_positions, tables, lengths, documents, offsets if documents is not None else None
+            query_positions,
+            key_positions,
+            tables,
+            lengths,
+            documents,
+            offsets if documents is not None else None,
         )
 
     def _rope_base(self, steps: int, cache: Cache | None) -> float:
@@ -192,7 +201,7 @@ class Hymba(nn.Module):
         return self.config.rope_base(self.config.num_meta_tokens + held + steps)
 
     def _autocast_dtype(self) -> torch.dtype | None:
-        device = self.meta_tokens.device.type
+        device = self.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -212,7 +221,7 @@ class Call:
     document_offsets: Tensor | None
     output_attentions: bool = False
 
-    def mask(self, window: int | None, num_meta: int) -> dict[str, Tensor | int | None]:
+    def mask(self, window: int | None, num_meta: int) -> Mask:
         """Return the keyword arguments that tell the attention op what may be seen."""
         keys = self.key_positions[window]
         key_documents = self.documents
@@ -268,6 +277,9 @@ class HymbaLayer(nn.Module):
         return out._replace(x=x)
 
 
+Hymba.layer_class = HymbaLayer
+
+
 class HybridMixer(nn.Module):
     """Attention heads and Mamba heads over one input projection, normed, averaged and projected back."""
 
@@ -281,7 +293,7 @@ class HybridMixer(nn.Module):
         # Rows of in_proj: query, (key, value,) SSM input, SSM gate.
         self.widths = [query_width, *(kv_widths if self.is_owner else ()), c.d_inner, c.d_inner]
         self.in_proj = nn.Linear(c.hidden_size, sum(self.widths), bias=False)
-        self.conv = nn.Conv1d(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
+        self.conv = CausalConv(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
         self.x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
         self.dt_norm = RMSNorm(c.dt_rank, c.rms_norm_eps)
         self.B_norm = RMSNorm(c.d_state, c.rms_norm_eps)
@@ -318,15 +330,17 @@ class HybridMixer(nn.Module):
         """Return the attention branch (B, T, E), and its matrices (B, H, T, S) when they are asked for."""
         q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
         mask = call.mask(self.window, self.config.num_meta_tokens)
-        weights = attention_weights(q, keys, visible(**mask)) if call.output_attentions else None
-        return attention(q, keys, values, **mask).flatten(2), weights
+        if not call.output_attentions:
+            return attention(q, keys, values, **mask).flatten(2), None
+        weights = attention_weights(q, keys, visible(**mask))
+        return weigh_values(weights, values).to(q.dtype).flatten(2), weights
 
     def _scan(
         self, u: Tensor, gate: Tensor, conv_state: Tensor, ssm_state: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the Mamba branch (B, T, E) and the states it leaves (arXiv 2312.00752, with normed dt, B and C)."""
-        c, ragged = self.config, {"lengths": call.lengths, "document_offsets": call.document_offsets}
-        u, conv_state = causal_conv1d(u, self.conv.weight[:, 0], self.conv.bias, initial_state=conv_state, **ragged)
+        c = self.config
+        u, conv_state = self.conv(u, conv_state, call)
         dt, B, C = self.x_proj(u).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
         y, ssm_state = selective_scan(
             u,
@@ -338,7 +352,8 @@ class HybridMixer(nn.Module):
             dt_bias=self.dt_proj.bias,
             gate=gate,
             initial_state=ssm_state,
-            **ragged,
+            lengths=call.lengths,
+            document_offsets=call.document_offsets,
         )
         return y, conv_state, ssm_state
 
@@ -348,6 +363,23 @@ class HybridMixer(nn.Module):
     def _rotate(self, x: Tensor, call: Call) -> Tensor:
         cos, sin = call.rotary
         return apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+class CausalConv(nn.Conv1d):
+    """The short convolution before the scan, and its SiLU."""
+
+    bias: nn.Parameter
+
+    def forward(self, u: Tensor, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Map (B, T, E) to (B, T, E); take and return the state (B, E, d_conv − 1)."""
+        return causal_conv1d(
+            u,
+            self.weight[:, 0],
+            self.bias,
+            initial_state=state,
+            lengths=call.lengths,
+            document_offsets=call.document_offsets,
+        )
 
 
 class StepProjection(nn.Linear):

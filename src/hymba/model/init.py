@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hymba.model.hymba import Hymba, HybridMixer, RMSNorm
+from hymba.model.hymba import HybridMixer, Hymba, RMSNorm
 
 # Mamba draws its initial step sizes log-uniformly between these (arXiv 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -32,7 +32,8 @@ def init_weights(model: Hymba, seed: int | None = None) -> Hymba:
 def init_module(module: nn.Module, std: float) -> None:
     """Fill the weights that belong to `module` itself, not to its children."""
     if isinstance(module, Hymba):
-        module.meta_tokens.normal_()
+        if module.meta_tokens is not None:
+            module.meta_tokens.normal_()
     elif isinstance(module, HybridMixer):
         _init_ssm(module)
     elif isinstance(module, RMSNorm):

@@ -1,4 +1,4 @@
-"""Checkpoints in the released layout: safetensors under NVIDIA's tensor names, one file or sharded, and nothing else."""
+"""Checkpoints in the released layout: safetensors under NVIDIA's tensor names, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device: str | 
         loaded[ours] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     missing = [name for name, (ours, _) in wanted.items() if ours not in loaded]
     if missing:
-        raise HymbaError(f"{directory} lacks the tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+        raise HymbaError(
+            f"{directory} lacks the tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+        )
     model.load_state_dict(loaded, assign=True)
     return model.eval()
 

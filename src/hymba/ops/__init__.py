@@ -7,4 +7,12 @@ from hymba.ops.rms_norm import rms_norm
 from hymba.ops.rotary import apply_rotary, rotary_tables
 from hymba.ops.selective_scan import selective_scan
 
-__all__ = ["apply_rotary", "attention", "causal_conv1d", "rms_norm", "rotary_tables", "selective_scan", "use_backend"]
+__all__ = [
+    "apply_rotary",
+    "attention",
+    "causal_conv1d",
+    "rms_norm",
+    "rotary_tables",
+    "selective_scan",
+    "use_backend",
+]

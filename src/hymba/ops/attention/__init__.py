@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from hymba.ops.attention import cpu, reference
-from hymba.ops.attention.reference import attention_weights, visible
+from hymba.ops.attention.reference import Mask, attention_weights, visible, weigh_values
 from hymba.ops.backend import choose
 
-IMPLEMENTATIONS = {"reference": reference.attention, "cpu": cpu.attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention, "cpu": cpu.attention}
 
 
 def attention(
@@ -56,4 +58,4 @@ def attention(
     )
 
 
-__all__ = ["IMPLEMENTATIONS", "attention", "attention_weights", "visible"]
+__all__ = ["IMPLEMENTATIONS", "Mask", "attention", "attention_weights", "visible", "weigh_values"]

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hymba.ops.attention.reference import visible
 
-# Queries taken together. Large enough to keep the matrix units busy, small enough that a block's keys are few.
+# Queries taken together: many enough to keep the matrix units busy; in a sliding layer few enough that most of the
+# block's keys are in the window of most of its queries.
 BLOCK = 512
+SMALLEST_BLOCK = 128
 
 
 def attention(
@@ -25,26 +27,31 @@ def attention(
     key_documents: Tensor | None = None,
 ) -> Tensor:
     """Fast path for :func:`hymba.ops.attention.attention`, same signature."""
+    size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     outputs = []
-    for start in range(0, q.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, q.shape[1], size):
+        block = slice(start, start + size)
         positions = query_positions[:, block]
         keys = _needed_keys(positions, key_positions, window, num_meta) if q.shape[1] > 1 else None
-        select = (lambda x: x) if keys is None else (lambda x, keys=keys: x.index_select(1, keys))
         seen = visible(
             positions,
-            select(key_positions),
+            _take(key_positions, keys),
             window=window,
             num_meta=num_meta,
             query_documents=None if query_documents is None else query_documents[:, block],
-            key_documents=None if key_documents is None else select(key_documents),
+            key_documents=None if key_documents is None else _take(key_documents, keys),
         )
-        outputs.append(_fused(q[:, block], select(k), select(v), seen))
+        outputs.append(_fused(q[:, block], _take(k, keys), _take(v, keys), seen))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
+def _take(x: Tensor, keys: Tensor | None) -> Tensor:
+    """Return the keys of (B, S, …) named by an index, or all of them."""
+    return x if keys is None else x.index_select(1, keys)
+
+
 def _needed_keys(query_positions: Tensor, key_positions: Tensor, window: int | None, num_meta: int) -> Tensor | None:
-    """Return the indices of keys that some query of this block may see in some row, or None when that is all of them."""
+    """Return the indices of the keys that this block's queries may see in some row, or None when it is all of them."""
     last = query_positions.amax(dim=1, keepdim=True)
     near = (key_positions >= 0) & (key_positions <= last)
     if window is not None:
@@ -66,5 +73,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     # A row that sees nothing (padding) would be NaN: let it see everything, and clear it afterwards.
     mask = (seen | ~sees_any[..., None])[:, None]
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=key_width**-0.5, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=key_width**-0.5, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2)[..., :value_width] * sees_any[..., None, None].to(out.dtype)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Required, TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
 from hymba.ops.precision import accumulate_dtype
+
+
+class Mask(TypedDict, total=False):
+    """The keyword arguments of :func:`hymba.ops.attention.attention` that say which keys a query sees."""
+
+    query_positions: Required[Tensor]
+    key_positions: Required[Tensor]
+    window: Required[int | None]
+    num_meta: Required[int]
+    query_documents: Tensor | None
+    key_documents: Tensor | None
 
 
 def visible(
@@ -37,9 +50,13 @@ def attention_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     return scores.softmax(dim=-1) * seen[:, None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Tensor | int | None) -> Tensor:
+def weigh_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Return the sums (B, T, H, V) of the values (B, S, G, V) under attention matrices (B, H, T, S)."""
+    values = v.repeat_interleave(weights.shape[1] // v.shape[2], dim=2).to(weights.dtype)
+    return torch.einsum("bhts,bshv->bthv", weights, values)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:
     """Reference for :func:`hymba.ops.attention.attention`, same signature."""
-    query_positions, key_positions = mask.pop("query_positions"), mask.pop("key_positions")
-    weights = attention_weights(q, k, visible(query_positions, key_positions, **mask))  # type: ignore[arg-type]
-    values = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).to(weights.dtype)
-    return torch.einsum("bhts,bshv->bthv", weights, values).to(q.dtype)
+    weights = attention_weights(q, k, visible(**mask))
+    return weigh_values(weights, v).to(q.dtype)

@@ -31,7 +31,7 @@ def selective_scan(
         s_t = exp(δ_t A) s_{t−1} + δ_t B_t u_t
         y_t = (C_t · s_t + D u_t) · SiLU(gate_t)
 
-    Everything is computed in float32, or in float64 where `u` is float64. Differentiable in every floating argument.
+    Computed in float32, or in float64 where `u` is float64. Differentiable in every floating argument.
 
     Args:
         u: (B, T, E) inputs, T ≥ 1.
@@ -42,13 +42,14 @@ def selective_scan(
         dt_bias: (E,).
         gate: (B, T, E), or None for no gate.
         initial_state: (B, E, N) state before step 0; zeros when None.
-        lengths: (B,) int64, valid steps per row; all T when None. Later steps have size zero: the state stands still.
-        document_offsets: (B, T) int64, each step's distance from the start of its packed document. A document's first
-            step (offset 0) starts from `initial_state`, not from its neighbour's state.
+        lengths: (B,) int64, valid steps per row; all T when None. Later steps have size zero: the state
+            stands still, whatever their document offsets.
+        document_offsets: (B, T) int64, each step's distance from the start of its packed document. A
+            document's first step (offset 0) starts from `initial_state`, not from its neighbour's state.
 
     Returns:
-        y, (B, T, E) in the dtype of `u`, and the final state (B, E, N) in float32 or wider. What y holds after a row's
-        length is finite and has no meaning.
+        y, (B, T, E) in the dtype of `u`, and the final state (B, E, N) in float32 or wider. What y holds
+        after a row's length has no meaning.
     """
     return choose(IMPLEMENTATIONS, u)(
         u,

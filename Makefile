@@ -1,0 +1,47 @@
+# Everything runs inside .venv; `make setup` builds it once and any target below makes sure of it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PROMPT ?= It was a cold morning, and
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test check lint quick format docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(STAMP)  ## make .venv with the package and every extra
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv: a minute or two"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -qq -c constraints.txt torch
+	$(BIN)/pip install -qq -c constraints.txt -e ".[all]"
+	@touch $@
+
+demo: setup  ## stream text from the bundled model (PROMPT="..." to choose the opening)
+	$(BIN)/hymba generate "$(PROMPT)"
+
+test: setup  ## every test
+	$(PYTEST)
+
+check: lint quick  ## before each commit: format, lint, types, architecture, quick tests
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+quick: setup
+	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow"
+
+format: setup  ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup  ## check that the documents name everything public and that their links lead somewhere
+	$(BIN)/pytest -q tests/test_architecture.py tests/test_docs.py
+
+clean:  ## remove .venv and caches
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,249 @@
+"""Hymba behind transformers' door: arguments translated for :class:`hymba.model.Hymba`, no second forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
+
+from hymba.errors import HymbaError
+from hymba.hf.attentions import AttentionColumns
+from hymba.hf.cache import HymbaCache, hymba_layer
+from hymba.hf.configuration_hymba import HymbaConfig
+from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
+from hymba.model import Hymba
+from hymba.model.hymba import HybridMixer, HymbaLayer
+from hymba.model.init import init_module
+from hymba.ops.precision import accumulate_dtype
+
+logger = logging.get_logger(__name__)
+
+
+class HymbaDecoderLayer(GradientCheckpointingLayer, HymbaLayer):
+    """A core layer that transformers can checkpoint: K/V and states are arguments, so it may run twice."""
+
+
+class HymbaCore(Hymba):
+    """The core model, made of layers that transformers knows how to checkpoint."""
+
+    layer_class = HymbaDecoderLayer
+
+
+class HymbaPreTrainedModel(PreTrainedModel):
+    """What both models share: loading, initialisation, and what transformers may assume."""
+
+    config_class = HymbaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["HymbaDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True  # "eager" and "sdpa" are both accepted: the ops choose their own kernels
+    _supports_attention_backend = True
+    _is_stateful = True  # a recurrent state cannot be rolled back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise `module` as the core does, sparing what a checkpoint has filled."""
+        weights = module.parameters(recurse=isinstance(module, HybridMixer))
+        loaded = [(p, p.clone()) for p in weights if getattr(p, "_is_hf_initialized", False)]
+        init_module(module, self.config.initializer_range)
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+class HymbaModel(HymbaPreTrainedModel):
+    """Hymba without its head. The meta tokens are not the caller's: no output but `attentions` shows them.
+
+    :meth:`forward` runs T columns of B rows.
+
+    Args:
+        input_ids: (B, T) int64, or
+        inputs_embeds: (B, T, D) in their place.
+        attention_mask: (B, past + T), 0 at padding, which may stand anywhere; the last T columns are read.
+        position_ids: (B, T). Where they restart at 0 a packed document begins; else rotary positions.
+        past_key_values: a :class:`HymbaCache`, or an empty cache of transformers', which becomes one.
+        use_cache: None takes the config's word, except while gradients are recorded.
+        seq_idx: (B, T) document numbers of packed rows.
+        cu_seq_lens_q: (documents + 1,) where the documents packed into a single row begin, and its end.
+
+    Returns:
+        last_hidden_state (B, T, D), past_key_values, hidden_states: L + 1 of (B, T, D), and attentions: L of
+        (B, H, T, M + past + T), the meta tokens' columns first.
+
+    Raises:
+        HymbaError: the arguments contradict one another.
+    """
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.core = HymbaCore(replace(config.core(), tie_word_embeddings=True))  # any head is outside
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.core.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.core.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Translate the arguments, run the core, translate its output."""
+        steps = _steps(input_ids, inputs_embeds)
+        layout = Layout.of_mask(last_columns(attention_mask, steps))
+        documents = packed_documents(position_ids, seq_idx, cu_seq_lens_q, layout, steps)
+        past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
+        layer = None if past_key_values is None else hymba_layer(past_key_values)
+        cache = None if layer is None else layer.make_room(self.core, *steps)
+        columns = None
+        if _or(output_attentions, self.config.output_attentions):
+            columns = AttentionColumns.note(self.core, layer, layout, attention_mask, steps[1])
+        output = self.core(
+            layout.compact(input_ids),
+            embeddings=layout.compact(inputs_embeds),
+            cache=cache,
+            lengths=layout.lengths,
+            documents=documents,
+            positions=None if documents is not None else rotary_positions(position_ids, cache, layout, steps),
+            output_hidden_states=_or(output_hidden_states, self.config.output_hidden_states),
+            output_attentions=columns is not None,
+        )
+        if layer is not None:
+            layer.width += steps[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=layout.restore(output.hidden),
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states and tuple(map(layout.restore, output.hidden_states)),
+            attentions=columns and columns.arrange(output.attentions),
+        )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
+        """Return the cache to use. Gradients or packed rows do with none unless the caller insists."""
+        if self.gradient_checkpointing and self.training:
+            if given is not None or use_cache:
+                logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
+        return HymbaCache() if given is None and use_cache else given
+
+
+class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+    """Hymba with its language-model head.
+
+    Args:
+        labels: (B, T) int64, the input's own tokens (shifted by one inside), −100 where there is no loss.
+        logits_to_keep: how many last columns, or which columns, to compute logits of; 0 is all.
+        others: as :class:`HymbaModel`.
+
+    Returns:
+        logits (B, columns, vocab) in at least float32; loss, the mean cross-entropy in nats, given labels;
+        and what :class:`HymbaModel` returns but last_hidden_state.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.core.embed_tokens.weight"}
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.model = HymbaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.generation_config.use_cache = True  # the released files say false, which nobody wants
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model and its head."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        scores = self.lm_head(output.last_hidden_state[:, kept])
+        logits = scores.to(accumulate_dtype(scores))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the generation config, and turn its cache on."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config.use_cache = True
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` a Hymba cache: a "static" one has its final size from the start, others grow."""
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None or not generation_config.use_cache:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            if given is not None:
+                hymba_layer(given)
+        elif kind in (None, "dynamic", "static"):
+            model_kwargs["past_key_values"] = HymbaCache(max_cache_length if kind == "static" else 0)
+        else:
+            raise HymbaError(f"cache_implementation={kind!r} does not fit Hymba: leave it out, or use 'static'")
+
+
+def _or(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _steps(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """Return (B, T) of whichever input is there."""
+    inputs = inputs_embeds if input_ids is None else input_ids
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise HymbaError("give exactly one of input_ids and inputs_embeds")
+    return inputs.shape[0], inputs.shape[1]

@@ -1,0 +1,221 @@
+"""transformers' Trainer with our schedule and data order, whole checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Subset, default_collate
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from hymba.errors import HymbaError
+from hymba.training.curve import draw_curve
+from hymba.training.journal import Journal
+from hymba.training.optimizer import build_optimizer
+from hymba.training.packing import IGNORED, PackedRows
+from hymba.training.recipe import Recipe
+from hymba.training.schedule import WarmupStableDecay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAGING = "checkpoint.partial"
+LOG_EVERY = 10  # steps; each line costs one wait for the device
+KEPT_CHECKPOINTS = 2
+
+
+class PretrainingTrainer(Trainer):
+    """A Trainer for one run of a recipe, over one pass of `rows` from the first to the last."""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        rows: PackedRows,
+        held_out: PackedRows | None,
+        schedule: WarmupStableDecay,
+        journal: Journal,
+        out: Path,
+    ) -> None:
+        self.tokenizer, self.recipe, self.schedule, self.journal = tokenizer, recipe, schedule, journal
+        self.stop = StopFlag()
+        optimizer = build_optimizer(model, recipe)
+        super().__init__(
+            model,
+            _arguments(recipe, schedule.steps, held_out is not None, out),
+            data_collator=default_collate,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            optimizers=(optimizer, LambdaLR(optimizer, schedule)),
+            callbacks=[journal, Conductor(schedule, journal, self.stop, recipe.max_minutes)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count nothing: Trainer would walk over the model at each micro-batch."""
+        return 0
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure on some rows of the held-out files, spread evenly."""
+        assert isinstance(self.eval_dataset, PackedRows)
+        count = min(self.recipe.eval_rows, len(self.eval_dataset))
+        chosen = [i * len(self.eval_dataset) // count for i in range(count)]
+        metrics = {"eval_bits_per_byte": self.bits_per_byte(self.eval_dataset, chosen)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def bits_per_byte(self, rows: PackedRows, chosen: list[int] | None = None) -> float:
+        """Return the bits that the model needs for a byte of text, over all rows or the `chosen` ones.
+
+        Each row is read on its own: a token has half of `seq_length` tokens before it on average.
+        """
+        self.model.eval()
+        chosen = list(range(len(rows))) if chosen is None else chosen
+        loader = DataLoader(Subset(rows, chosen), self.recipe.rows_at_once)
+        nats, targets = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        for batch in loader:
+            batch = {name: values.to(self.args.device) for name, values in batch.items()}
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            nats += self.model(**batch).loss.double() * count
+            targets += count
+        return float(nats) / targets / math.log(2) * rows.corpus.tokens_per_byte
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint under another name and rename it: what bears its name is whole. Draw the curve."""
+        out = Path(self.args.output_dir)
+        staging = out / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            self.args.output_dir = str(staging)
+            super()._save_checkpoint(model, trial)
+            shutil.rmtree(out / name, ignore_errors=True)
+            (staging / name).rename(out / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them, by the file
+            problem = f"cannot write {out / name}: {_reason(error)}"
+            raise HymbaError(f"{problem}; earlier checkpoints are whole: make room and run again") from error
+        finally:
+            self.args.output_dir = str(out)
+            shutil.rmtree(staging, ignore_errors=True)
+        draw_curve(self.journal.log, out / "curve.png")
+        rotate_checkpoints(str(out), save_total_limit=KEPT_CHECKPOINTS, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model as a directory that `--model` takes: weights in safetensors, config, tokenizer."""
+        directory = output_dir or self.args.output_dir
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights through the model's own door, which knows the stored names."""
+        stored = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self.model.load_state_dict(stored.state_dict())
+
+
+class StopFlag:
+    """Raised by Ctrl-C or SIGTERM; training looks at it between steps. A second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch SIGINT and SIGTERM while the block runs. Only the main thread may: elsewhere do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
+        os.write(2, b"\nfinishing this step and saving; Ctrl-C again stops at once\n")
+
+
+class Conductor(TrainerCallback):
+    """Ends a run: at its last step, when asked to stop, or with the decay fitted into its minutes."""
+
+    def __init__(
+        self, schedule: WarmupStableDecay, journal: Journal, stop: StopFlag, max_minutes: float | None
+    ) -> None:
+        self.schedule, self.journal, self.stop = schedule, journal, stop
+        stable_share = 1 - schedule.decay_steps / schedule.steps
+        self.stable_seconds = math.inf if max_minutes is None else max_minutes * 60 * stable_share
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begin the decay when the stable phase has had its time; save and stop when asked to."""
+        step, schedule = state.global_step, self.schedule
+        if self.journal.seconds > self.stable_seconds and step < schedule.decay_start:
+            schedule.decay_from(step)
+            state.max_steps = schedule.steps
+        if self.stop.raised or step >= schedule.steps:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def _arguments(recipe: Recipe, steps: int, measure: bool, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.rows_at_once,
+        gradient_accumulation_steps=recipe.batch_rows // recipe.rows_at_once,
+        max_grad_norm=recipe.grad_clip,
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # the rows are in the run's order already
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=LOG_EVERY,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_every,
+        eval_strategy="steps" if measure else "no",
+        eval_steps=recipe.eval_every,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """Return the checkpoint of the largest step in `out`; one that was never finished bears another name."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def planned_steps(checkpoint: Path) -> int:
+    """Return the steps of the checkpoint's run: fewer than the recipe's once max_minutes has cut it short."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
+
+
+def _reason(error: Exception) -> str:
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return " ".join(text.split())[:200]

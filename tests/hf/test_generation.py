@@ -1,0 +1,159 @@
+"""`generate` and the cache: whatever the strategy, the cache changes nothing but the time."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from hymba.errors import HymbaError
+from hymba.hf import HymbaCache, HymbaForCausalLM
+
+NEW = 16
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def prompt(rows: int = 2, columns: int = 9, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(3, 61, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padded on the left
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def run(model: HymbaForCausalLM, inputs: dict[str, Tensor], **options: object) -> Tensor:
+    return model.generate(**inputs, **({"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1} | options))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {},
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 2.0},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_beams": 2},
+    ],
+    ids=str,
+)
+def test_the_cache_changes_nothing(model: HymbaForCausalLM, strategy: dict[str, object]) -> None:
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        results.append(run(model, prompt(), use_cache=use_cache, **strategy))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 2, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_prefill_and_static_options(model: HymbaForCausalLM, options: dict[str, object]) -> None:
+    assert torch.equal(run(model, prompt(), **options), run(model, prompt()))
+
+
+@pytest.mark.parametrize("kind", ["hymba", "dynamic", "config", "static"])
+def test_the_callers_cache_is_filled(model: HymbaForCausalLM, kind: str) -> None:
+    cache: Cache = {
+        "hymba": HymbaCache,
+        "dynamic": DynamicCache,
+        "config": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
+    }[kind]()
+    first = run(model, prompt(), past_key_values=cache)
+    assert torch.equal(first, run(model, prompt()))
+    assert cache.get_seq_length() == first.shape[1] - 1
+    mask = torch.nn.functional.pad(prompt()["attention_mask"], (0, NEW), value=1)
+    more = run(model, {"input_ids": first, "attention_mask": mask}, past_key_values=cache, max_new_tokens=4)
+    assert torch.equal(more, run(model, prompt(), max_new_tokens=NEW + 4))
+
+
+def test_generation_from_embeddings(model: HymbaForCausalLM) -> None:
+    inputs = prompt()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    bare = run(model, {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]})
+    assert torch.equal(bare, run(model, inputs)[:, -NEW:])
+
+
+@given(cuts=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_any_ragged_chunking_is_the_whole(model: HymbaForCausalLM, cuts: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 61, (2, sum(cuts)), generator=generator)
+    mask, cache, logits, taken = torch.zeros(2, 0, dtype=torch.int64), HymbaCache(), [[], []], [0, 0]
+    for columns in cuts:
+        real = torch.randint(0, 2, (2, columns), generator=generator)
+        chunk = torch.zeros(2, columns, dtype=torch.int64)
+        for row in range(2):
+            count = int(real[row].sum())
+            chunk[row, real[row].bool()] = ids[row, taken[row] : taken[row] + count]
+            taken[row] += count
+        mask = torch.cat((mask, real), dim=1)
+        with torch.no_grad():
+            output = model(chunk, attention_mask=mask, past_key_values=cache, output_attentions=True)
+        assert all(weights.shape[-1] == 3 + mask.shape[1] for weights in output.attentions)
+        for row in range(2):
+            logits[row].append(output.logits[row, real[row].bool()])
+    with torch.no_grad():
+        whole = model(ids).logits
+    for row in range(2):
+        torch.testing.assert_close(torch.cat(logits[row]), whole[row, : taken[row]], **TOLERANCE)
+
+
+def test_cached_attentions_are_the_uncached_ones(model: HymbaForCausalLM) -> None:
+    inputs = prompt(columns=20)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, output_attentions=True).attentions
+        cache = model(ids[:, :13], attention_mask=mask[:, :13], use_cache=True).past_key_values
+        rest = model(ids[:, 13:], attention_mask=mask, past_key_values=cache, output_attentions=True).attentions
+    for ours, theirs in zip(rest, whole, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, 13:], **TOLERANCE)
+
+
+def test_rows_can_be_repeated_selected_and_forgotten(model: HymbaForCausalLM) -> None:
+    ids = prompt(rows=3)["input_ids"]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        fork = copy.deepcopy(cache)
+        fork.batch_repeat_interleave(2)
+        fork.batch_select_indices(torch.tensor([5, 0]))
+        fork.reorder_cache(torch.tensor([1, 0]))
+        step = ids[:, :1]
+        forked = model(step[[0, 2]], past_key_values=fork).logits
+        torch.testing.assert_close(forked, model(step, past_key_values=cache).logits[[0, 2]], **TOLERANCE)
+        assert fork.get_seq_length() == cache.get_seq_length() == 10
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **TOLERANCE)
+
+
+def test_the_released_config_still_generates_with_a_cache(model: HymbaForCausalLM) -> None:
+    config = copy.deepcopy(model.config)
+    config.use_cache = False
+    quiet = HymbaForCausalLM(config).eval()
+    assert quiet.generation_config.use_cache
+    with torch.no_grad():
+        assert quiet(prompt()["input_ids"]).past_key_values is None
+        assert quiet(prompt()["input_ids"], use_cache=True).past_key_values is not None
+
+
+def test_what_a_recurrent_cache_cannot_do(model: HymbaForCausalLM) -> None:
+    with torch.no_grad():
+        cache = model(prompt()["input_ids"], use_cache=True).past_key_values
+    with pytest.raises(HymbaError, match="cropped"):
+        cache.crop(1)
+    with pytest.raises(ValueError, match="stateful"):
+        run(model, prompt(rows=1), prompt_lookup_num_tokens=3)
+    with pytest.raises(HymbaError, match="quantized"):
+        run(model, prompt(), cache_implementation="quantized")
+    foreign = DynamicCache()
+    foreign.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
+    with pytest.raises(HymbaError, match="DynamicCache"), torch.no_grad():
+        model(prompt()["input_ids"], past_key_values=foreign)

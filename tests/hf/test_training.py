@@ -1,0 +1,74 @@
+"""Training through the door: loss, checkpointing, initialisation, tied and resized embeddings."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba.hf import HymbaForCausalLM
+
+IDS = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model: HymbaForCausalLM, mask: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    predicted = F.pad(mask[:, :-1], (1, 0)) * mask  # nothing predicts the first token behind padding
+    model(IDS, attention_mask=mask, labels=IDS.masked_fill(predicted == 0, -100)).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_loss_is_the_shifted_cross_entropy(model: HymbaForCausalLM) -> None:
+    labels = IDS.clone()
+    labels[0, :6] = -100
+    with torch.no_grad():
+        output = model(IDS, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(build: Callable[..., HymbaForCausalLM], reentrant: bool) -> None:
+    model = build().train()
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    plain = gradients(model, mask)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = gradients(model, mask)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_padding_gives_no_gradient(build: Callable[..., HymbaForCausalLM]) -> None:
+    model = build().train()
+    mask = torch.ones_like(IDS)
+    mask[:, :5] = 0
+    left = gradients(model, mask)
+    model.zero_grad()
+    model(IDS[:, 5:], labels=IDS[:, 5:]).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(left[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_missing_tensor_is_initialised_and_the_others_are_kept(model: HymbaForCausalLM) -> None:
+    state = dict(model.state_dict())
+    name = "model.core.layers.1.mixer.A_log"
+    del state[name]
+    loaded = HymbaForCausalLM.from_pretrained(None, config=model.config, state_dict=state).state_dict()
+    torch.testing.assert_close(loaded[name][0].exp(), torch.arange(1.0, 5.0))
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_untied_and_resized_embeddings(build: Callable[..., HymbaForCausalLM], tmp_path: Path) -> None:
+    model = build(tie_word_embeddings=False).eval()
+    model.resize_token_embeddings(70)
+    assert model(IDS).logits.shape[-1] == 70
+    model.save_pretrained(tmp_path)
+    again = HymbaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert again.lm_head.weight.data_ptr() != again.get_input_embeddings().weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)

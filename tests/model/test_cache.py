@@ -1,0 +1,83 @@
+"""The cache: sizes, limits, the meta tokens' state computed once."""
+
+import pytest
+import torch
+from micro import micro_model
+
+from hymba.errors import HymbaError
+from hymba.model import HymbaConfig, cache_nbytes, paper_cache_nbytes
+
+
+def test_sliding_layers_stop_growing(model):
+    window, owners = model.config.sliding_window, set(model.config.owners)
+    short, long = model.allocate_cache(1, 10), model.allocate_cache(1, 1000)
+    for owner in owners:
+        slots = model.config.num_meta_tokens + (window + 1 if model.config.window(owner) is not None else 1000)
+        assert long.keys[owner].shape[1] == slots
+        if model.config.window(owner) is not None:
+            assert short.keys[owner].shape == long.keys[owner].shape
+    assert 2 not in owners  # a consumer holds no keys
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_predicted_bytes_are_the_bytes_held(model, rows):
+    cache = model.allocate_cache(rows, 50)
+    assert cache.nbytes() == rows * cache_nbytes(model.config, 50, element_size=4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "megabytes"), [(1000, 37.6), (2000, 44.0), (4000, 55.6), (8000, 78.6), (16000, 124.7)]
+)
+def test_the_papers_arithmetic(tokens, megabytes):
+    assert round(paper_cache_nbytes(HymbaConfig.named("1.5b"), tokens) / 1e6, 1) == megabytes
+
+
+def test_a_full_cache_says_so_and_keeps_what_it_holds(model):
+    cache = model.allocate_cache(1, 4)
+    model(torch.tensor([[1, 2, 3]]), cache=cache)
+    with pytest.raises(HymbaError, match="larger max_length"):
+        model(torch.tensor([[1, 2]]), cache=cache)
+    assert cache.lengths.tolist() == [3]
+    model(torch.tensor([[1]]), cache=cache)
+
+
+def test_growing_keeps_the_sequence(model):
+    tokens = torch.arange(20)[None]
+    cache = model.allocate_cache(1, 8)
+    model(tokens[:, :8], cache=cache)
+    cache.grow(20)
+    torch.testing.assert_close(model(tokens[:, 8:], cache=cache).hidden, model(tokens).hidden[:, 8:])
+
+
+def test_wrong_rows_and_sizes_are_refused(model):
+    with pytest.raises(HymbaError, match="2 rows, the input has 1"):
+        model(torch.tensor([[1]]), cache=model.allocate_cache(2, 4))
+    with pytest.raises(HymbaError, match="at least one row"):
+        model.allocate_cache(0, 4)
+    tokens, cache = torch.tensor([[1]]), model.allocate_cache(1, 4)
+    with pytest.raises(HymbaError, match="documents"):
+        model(tokens, cache=cache, documents=tokens)
+    with pytest.raises(HymbaError, match="either tokens or embeddings"):
+        model()
+
+
+def test_meta_tokens_run_once_per_set_of_weights(monkeypatch):
+    model, runs = micro_model(), []
+    original = model.run_meta_tokens
+    monkeypatch.setattr(model, "run_meta_tokens", lambda *a, **k: runs.append(1) or original(*a, **k))
+    with torch.no_grad():
+        for _ in range(3):
+            model.allocate_cache(1, 4)
+            model(torch.tensor([[1, 2]]))
+        assert len(runs) == 1
+        before = model(torch.tensor([[1, 2]])).hidden
+        model.meta_tokens.add_(1.0)
+        after = model(torch.tensor([[1, 2]])).hidden
+    assert len(runs) == 2
+    assert not torch.allclose(before, after)
+
+
+def test_gradients_reach_the_meta_tokens_through_every_state():
+    model = micro_model(dtype=torch.float64)
+    model(torch.tensor([[1, 2, 3]])).hidden.sum().backward()
+    assert model.meta_tokens.grad.abs().min() > 0

@@ -1,0 +1,75 @@
+"""The configuration and its released layout."""
+
+import json
+
+import pytest
+from micro import micro_config
+
+from hymba.errors import HymbaError
+from hymba.model import SIZES, HymbaConfig
+
+
+@pytest.fixture
+def released(tiny_a):
+    return json.loads((tiny_a / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_released_layout_round_trips(name):
+    config = HymbaConfig.named(name)
+    assert HymbaConfig.from_released(json.loads(json.dumps(config.to_released()))) == config
+
+
+def test_every_released_key_is_written(released):
+    written = HymbaConfig.from_released(released).to_released()
+    stamps = {"auto_map", "torch_dtype", "transformers_version", "use_cache", "seq_length"}
+    assert {k: v for k, v in released.items() if k not in stamps} == {
+        k: v for k, v in written.items() if k not in stamps
+    }
+
+
+def test_owners_and_windows():
+    config = HymbaConfig.named("1.5b")
+    assert len(set(config.owners)) == 17
+    assert config.owners[16:19] == (16, 16, 16)
+    assert [i for i in range(32) if config.window(i) is None] == [0, 15, 31]
+    assert config.rope_base(1) == pytest.approx(74_534.83, abs=0.01)
+
+
+def test_rope_types():
+    assert micro_config(rope_type="default").rope_base(10**6) == 10000.0
+    assert micro_config(rope_type=None).rope_base(10**6) == 10000.0
+    dynamic = micro_config(rope_type="dynamic_ntk", orig_max_position_embeddings=64, head_dim=64, v_head_dim=16)
+    assert dynamic.rope_base(64) == 10000.0
+    assert dynamic.rope_base(128) == pytest.approx(10000.0 * 3 ** (64 / 62))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple"),
+        ({"d_inner": 50}, "d_inner"),
+        ({"global_layers": (0, 9)}, "global_layers"),
+        ({"kv_groups": ((1, 2), (2,))}, "repeats"),
+        ({"kv_groups": ((2, 3),)}, "mixes"),
+        ({"kv_groups": ((2, 1),)}, "unsorted"),
+        ({"rope_type": "yarn"}, "rope_type"),
+    ],
+)
+def test_contradictions_are_named(changes, message):
+    with pytest.raises(HymbaError, match=message):
+        micro_config(**changes)
+
+
+def test_broken_config_files(tmp_path, released):
+    with pytest.raises(HymbaError, match="'llama' config"):
+        HymbaConfig.from_released(released | {"model_type": "llama"})
+    with pytest.raises(HymbaError, match="kq_norm"):
+        HymbaConfig.from_released(released | {"kq_norm": "rms"})
+    with pytest.raises(HymbaError, match="num_memory_tokens is missing"):
+        HymbaConfig.from_released({k: v for k, v in released.items() if k != "num_memory_tokens"})
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(HymbaError, match="cannot read"):
+        HymbaConfig.from_directory(tmp_path)
+    with pytest.raises(HymbaError, match="unknown size"):
+        HymbaConfig.named("7b")
