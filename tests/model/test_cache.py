@@ -81,3 +81,18 @@ def test_gradients_reach_the_meta_tokens_through_every_state():
     model = micro_model(dtype=torch.float64)
     model(torch.tensor([[1, 2, 3]])).hidden.sum().backward()
     assert model.meta_tokens.grad.abs().min() > 0
+
+
+def test_gradients_flow_within_a_call_and_stop_at_the_cache():
+    tokens = torch.arange(12)[None]
+    whole, cached = micro_model(dtype=torch.float64), micro_model(dtype=torch.float64)
+    whole(tokens).hidden.square().sum().backward()
+    cache = cached.allocate_cache(1, 20)
+    cached(tokens, cache=cache).hidden.square().sum().backward()
+    wanted = dict(whole.named_parameters())
+    for name, parameter in cached.named_parameters():
+        if not name.startswith(("meta_tokens", "layers")):  # through the prefix, the cache stops those gradients
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=name)
+    cached(tokens[:, :3], cache=cache).hidden.sum().backward()
+    assert not cache.ssm_state.requires_grad
+    assert cached.meta_tokens.grad is None

@@ -92,6 +92,8 @@ class Cache:
     keys, values: per owning layer, (B, M + ring, G, K) and (B, M + ring, G, V).
     conv_state: (L, B, E, d_conv − 1). ssm_state: (L, B, E, N), at least float32.
     lengths: (B,) int64, the user's tokens held.
+
+    Gradients flow within a call and stop at the cache.
     """
 
     config: HymbaConfig
@@ -136,7 +138,9 @@ class Cache:
 
     def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return the layer's conv and SSM state."""
-        return self.conv_state[layer], self.ssm_state[layer]
+        states = self.conv_state[layer], self.ssm_state[layer]
+        # A backward pass needs them as they were; write() is about to change them.
+        return (states[0].clone(), states[1].clone()) if torch.is_grad_enabled() else states
 
     def stored(self, owner: int) -> tuple[Tensor, Tensor]:
         """Return the owner's buffers."""
@@ -203,15 +207,17 @@ class Cache:
         rows = torch.arange(self.rows, device=device)[:, None]
         slots = meta + (self.lengths[:, None] + tokens) % ring
         for buffer, new in zip(buffers, own, strict=True):
-            new = new[rows, tokens].to(buffer.dtype) if steps > ring else new.to(buffer.dtype)
+            new = new.detach().to(buffer.dtype)
+            if steps > ring:
+                new = new[rows, tokens]
             if lengths is not None:  # padding puts back what its slot holds
                 new = torch.where((tokens < real[:, None])[:, :, None, None], new, buffer[rows, slots])
             buffer[rows, slots] = new
 
     def write(self, layer: int, conv_state: Tensor, ssm_state: Tensor) -> None:
         """Store the layer's state after this call."""
-        self.conv_state[layer].copy_(conv_state)
-        self.ssm_state[layer].copy_(ssm_state)
+        self.conv_state[layer].copy_(conv_state.detach())
+        self.ssm_state[layer].copy_(ssm_state.detach())
 
     def advance(self, lengths: Tensor | None, steps: int) -> None:
         """Count this call's tokens as held; called once, after the last layer."""
@@ -249,8 +255,11 @@ class Cache:
 
 
 def _writes_first(window: int | None, steps: int) -> bool:
-    """Return whether a call may write its keys before attending: nothing it needs is overwritten by it."""
-    return window is None or steps == 1
+    """Return whether a call may write its keys before attending: nothing it needs is overwritten by it.
+
+    Gradients flow through a call's own keys and values, but not through what a buffer holds.
+    """
+    return (window is None or steps == 1) and not torch.is_grad_enabled()
 
 
 def _ring(config: HymbaConfig, layer: int, max_length: int) -> int:

@@ -8,7 +8,6 @@ starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from hymba.errors import HymbaError
 from hymba.model.cache import Cache, Prefix
+from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
-from hymba.ops.attention import Mask, attention, attention_weights, visible, weigh_values
+from hymba.ops.attention import attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
 from hymba.ops.precision import accumulate_dtype
 from hymba.ops.rms_norm import rms_norm
-from hymba.ops.rotary import apply_rotary, rotary_tables
+from hymba.ops.rotary import apply_rotary
 from hymba.ops.selective_scan import selective_scan
 
 
@@ -98,8 +98,16 @@ class Hymba(nn.Module):
         base = self._rope_base(x.shape[1], cache)
         memory = self.prefix(base) if cache is None else cache
         memory.reserve(lengths, x.shape[1])
-        call = self._place(x, memory, base, lengths, documents, positions)
-        call.output_attentions = output_attentions
+        call = Call.place(
+            self.config,
+            x,
+            memory,
+            base,
+            lengths=lengths,
+            documents=documents,
+            positions=positions,
+            output_attentions=output_attentions,
+        )
         output, _ = self._run(x, memory, call, output_hidden_states)
         memory.advance(lengths, x.shape[1])
         return output
@@ -122,7 +130,8 @@ class Hymba(nn.Module):
             return self.run_meta_tokens(base)[0]
         key = (base, self._autocast_dtype(), *((p.data_ptr(), _version(p)) for p in self.parameters()))
         if self._kept_prefix is None or self._kept_prefix[0] != key:
-            self._kept_prefix = key, self.run_meta_tokens(base)[0]
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept_prefix = key, self.run_meta_tokens(base)[0]
         return self._kept_prefix[1]
 
     def run_meta_tokens(
@@ -133,8 +142,8 @@ class Hymba(nn.Module):
         if self.meta_tokens is None:
             return blank, HymbaOutput(self.embed_tokens.weight.new_empty(1, 0, self.config.hidden_size))
         x = self.meta_tokens[None]
-        call = self._place(x, blank, self._rope_base(0, None) if base is None else base)
-        call.output_attentions = output_attentions
+        base = self._rope_base(0, None) if base is None else base
+        call = Call.place(self.config, x, blank, base, output_attentions=output_attentions)
         output, prefix = self._run(x, blank, call, output_hidden_states)
         return prefix, output
 
@@ -163,38 +172,6 @@ class Hymba(nn.Module):
         )
         return output, Prefix(keys, values, conv_states, ssm_states)
 
-    def _place(
-        self,
-        x: Tensor,
-        memory: Cache | Prefix,
-        base: float,
-        lengths: Tensor | None = None,
-        documents: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Call:
-        """Work out, once for all layers, where this call's tokens stand and what they may see."""
-        rows, steps = x.shape[:2]
-        offsets = torch.arange(steps, device=x.device).expand(rows, -1)
-        if documents is not None:
-            starts = torch.ones_like(documents, dtype=torch.bool)
-            starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            offsets = offsets - torch.where(starts, offsets, 0).cummax(dim=1).values
-        query_positions = memory.next_positions(rows)[:, None] + offsets
-        rotary_positions = query_positions if positions is None else positions + self.config.num_meta_tokens
-        if lengths is not None:
-            query_positions = torch.where(torch.arange(steps, device=x.device) < lengths[:, None], query_positions, -1)
-        tables = rotary_tables(rotary_positions, self.config.head_dim, base, x.dtype)
-        windows = {self.config.window(i) for i in range(len(self.layers))}
-        key_positions = {w: memory.key_positions(w, query_positions) for w in windows}
-        return Call(
-            query_positions,
-            key_positions,
-            tables,
-            lengths,
-            documents,
-            offsets if documents is not None else None,
-        )
-
     def _rope_base(self, steps: int, cache: Cache | None) -> float:
         """Return the rotary base; only "dynamic_ntk" looks at the length, as the released code does, call by call."""
         held = 0 if cache is None or self.config.rope_type != "dynamic_ntk" else int(cache.lengths.max())
@@ -203,38 +180,6 @@ class Hymba(nn.Module):
     def _autocast_dtype(self) -> torch.dtype | None:
         device = self.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-@dataclass
-class Call:
-    """Where the tokens of one call stand. Positions count the meta tokens; −1 is padding or an empty slot.
-
-    query_positions: (B, T). key_positions: by window, (B, S). rotary: cos and sin, (B, T, K/2).
-    lengths: (B,) or None. documents, document_offsets: (B, T) or None.
-    """
-
-    query_positions: Tensor
-    key_positions: dict[int | None, Tensor]
-    rotary: tuple[Tensor, Tensor]
-    lengths: Tensor | None
-    documents: Tensor | None
-    document_offsets: Tensor | None
-    output_attentions: bool = False
-
-    def mask(self, window: int | None, num_meta: int) -> Mask:
-        """Return the keyword arguments that tell the attention op what may be seen."""
-        keys = self.key_positions[window]
-        key_documents = self.documents
-        if key_documents is not None:  # the meta tokens before them belong to no document
-            key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
-        return {
-            "query_positions": self.query_positions,
-            "key_positions": keys,
-            "window": window,
-            "num_meta": num_meta,
-            "query_documents": self.documents,
-            "key_documents": key_documents,
-        }
 
 
 class LayerOutput(NamedTuple):

@@ -42,10 +42,10 @@ def visible(
 
 def attention_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero."""
-    groups = q.shape[2] // k.shape[2]
     wide = accumulate_dtype(q)
-    keys = k.repeat_interleave(groups, dim=2).to(wide)
-    scores = torch.einsum("bthk,bshk->bhts", q.to(wide) * q.shape[-1] ** -0.5, keys)
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).to(wide)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bthk,bshk->bhts", q.to(wide) * q.shape[-1] ** -0.5, keys)
     scores = scores.masked_fill(~seen[:, None], torch.finfo(wide).min)
     return scores.softmax(dim=-1) * seen[:, None]
 
@@ -53,7 +53,8 @@ def attention_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
 def weigh_values(weights: Tensor, v: Tensor) -> Tensor:
     """Return the sums (B, T, H, V) of the values (B, S, G, V) under attention matrices (B, H, T, S)."""
     values = v.repeat_interleave(weights.shape[1] // v.shape[2], dim=2).to(weights.dtype)
-    return torch.einsum("bhts,bshv->bthv", weights, values)
+    with torch.autocast(v.device.type, enabled=False):
+        return torch.einsum("bhts,bshv->bthv", weights, values)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:

@@ -1,0 +1,81 @@
+"""Where the tokens of one call stand and what they may see, worked out once for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba.model.cache import Cache, Prefix
+from hymba.model.config import HymbaConfig
+from hymba.ops.attention import Mask
+from hymba.ops.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positions count the meta tokens; −1 is padding or an empty slot.
+
+    query_positions: (B, T). key_positions: by window, (B, S). rotary: cos and sin, (B, T, K/2).
+    lengths: (B,) or None. documents, document_offsets: (B, T) or None.
+    """
+
+    query_positions: Tensor
+    key_positions: dict[int | None, Tensor]
+    rotary: tuple[Tensor, Tensor]
+    lengths: Tensor | None
+    documents: Tensor | None
+    document_offsets: Tensor | None
+    output_attentions: bool
+
+    @classmethod
+    def place(
+        cls,
+        config: HymbaConfig,
+        x: Tensor,
+        memory: Cache | Prefix,
+        base: float,
+        *,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> Call:
+        """Place the inputs `x` (B, T, D) behind what `memory` holds; `base` is the rotary base, the rest as in
+        :meth:`hymba.model.Hymba.forward`."""
+        rows, steps = x.shape[:2]
+        columns = torch.arange(steps, device=x.device)
+        offsets = columns.expand(rows, -1)
+        if documents is not None:
+            starts = torch.ones_like(documents, dtype=torch.bool)
+            starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            offsets = offsets - torch.where(starts, offsets, 0).cummax(dim=1).values
+        natural = memory.next_positions(rows)[:, None] + offsets
+        rotary_positions = natural if positions is None else positions + config.num_meta_tokens
+        queries = natural if lengths is None else torch.where(columns < lengths[:, None], natural, -1)
+        windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
+        return cls(
+            query_positions=queries,
+            key_positions={window: memory.key_positions(window, queries) for window in windows},
+            rotary=rotary_tables(rotary_positions, config.head_dim, base, x.dtype),
+            lengths=lengths,
+            documents=documents,
+            document_offsets=None if documents is None else offsets,
+            output_attentions=output_attentions,
+        )
+
+    def mask(self, window: int | None, num_meta: int) -> Mask:
+        """Return the keyword arguments that tell the attention op what may be seen."""
+        keys, key_documents = self.key_positions[window], self.documents
+        if key_documents is not None:  # the meta tokens before them belong to no document
+            key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
+        return {
+            "query_positions": self.query_positions,
+            "key_positions": keys,
+            "window": window,
+            "num_meta": num_meta,
+            "query_documents": self.documents,
+            "key_documents": key_documents,
+        }
