@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,20 @@ def test_chat_goes_on_after_a_question_too_long(checkpoint: Path) -> None:
     assert code == 0
     assert "the limit is 2048" in err
     assert out.strip()
+
+
+def test_chat_stops_an_answer_and_goes_on(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: object) -> Iterator[str]:
+        yield "begun"
+        signal.raise_signal(signal.SIGINT)
+        yield " and broken off"
+        yield " and never finished"
+
+    monkeypatch.setattr("hymba.inference.Conversation.ask", answer)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, _ = run("chat", "--model", checkpoint, stdin="One?\nTwo?\n")
+    assert (code, out) == (0, "begun and broken off …\n" * 2)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_perplexity_of_files_and_of_all(checkpoint: Path, tmp_path: Path) -> None:

@@ -124,3 +124,8 @@ def test_a_failed_save_leaves_the_old_weights(checkpoint, monkeypatch):
         save(micro_model(1), checkpoint)
     assert (checkpoint / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saved_weights_are_as_readable_as_their_config(checkpoint):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in checkpoint.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]

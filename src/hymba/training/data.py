@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hymba.errors import HymbaError
+from hymba.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,8 @@ def read_documents(file: Path) -> Iterator[str]:
         HymbaError: the file cannot be read, is not UTF-8 text, or holds no text; the message gives the place.
     """
     empty = True
-    for line, text in enumerate(_read_lines(file) if file.suffix == ".jsonl" else [_read_text(file)], 1):
+    texts = _read_lines(file) if file.suffix == ".jsonl" else [read_text(file).removeprefix("\ufeff")]
+    for line, text in enumerate(texts, 1):
         if "\0" in text:
             raise HymbaError(f"{file} is not text: it holds a zero byte")
         if file.suffix == ".jsonl":
@@ -100,15 +102,6 @@ def read_documents(file: Path) -> Iterator[str]:
             yield text
     if empty:
         raise HymbaError(f"{file} holds no text")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise HymbaError(f"{file} is not UTF-8 text, from its byte {error.start} on") from error
-    except OSError as error:
-        raise HymbaError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _read_lines(file: Path) -> Iterator[str]:

@@ -1,0 +1,31 @@
+"""`hymba convert`: write a checkpoint anew."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hymba.cli.options import DtypeOption, OutOption
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="'tiny', a directory, or a hub id such as owner/name.", show_default=False)
+    ],
+    out: OutOption,
+    dtype: DtypeOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Begin a new file beyond this size.")] = "5GB",
+) -> None:
+    """Write a checkpoint anew, in another dtype or other files.
+
+    The tokenizer comes along, and so do keys of config.json that mean nothing here.
+    """
+    from hymba.inference import find_model, parse_dtype, write_model
+    from hymba.model import load
+
+    wanted, directory = parse_dtype(dtype), find_model(source)
+    write_model(load(directory, wanted), directory, out, max_shard_size)
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    typer.echo(f"{size:,.1f} MB in {len(files)} {'file' if len(files) == 1 else 'files'}: {out}")

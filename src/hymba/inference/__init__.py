@@ -1,0 +1,20 @@
+"""From a checkpoint to text: loading, sampling, the plain generation loop, and conversations."""
+
+from hymba.inference.checkpoint import find_model, load_model, parse_device, parse_dtype, write_model
+from hymba.inference.conversation import Conversation
+from hymba.inference.generate import Continuation, encode_prompt, generate
+from hymba.inference.sampling import SamplingParams, sample
+
+__all__ = [
+    "Continuation",
+    "Conversation",
+    "SamplingParams",
+    "encode_prompt",
+    "find_model",
+    "generate",
+    "load_model",
+    "parse_device",
+    "parse_dtype",
+    "sample",
+    "write_model",
+]

@@ -1,0 +1,129 @@
+"""The plain loop: prefill, then one token a step. Everything faster must agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hymba.errors import HymbaError
+from hymba.inference.sampling import SamplingParams, sample
+from hymba.model import Cache, Hymba
+from hymba.text import StopCutter, TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREFILL_CHUNK = 512  # tokens of the prompt run at once: bounds the memory that a long prompt takes
+
+
+def generate(
+    model: Hymba,
+    tokens: Sequence[int] | Tensor,
+    params: SamplingParams,
+    cache: Cache | None = None,
+    max_prompt_tokens: int | None = None,
+) -> Iterator[int]:
+    """Yield new token ids, each as soon as it is chosen; one that stops the text is the last to be yielded.
+
+    The text ends at the model's end-of-text token, at one of `params.stop_ids`, after
+    `params.max_new_tokens`, or where it fills `max_position_embeddings`. `params.stop` is about text: see
+    :class:`Continuation`.
+
+    Args:
+        tokens: (T,) ids of the prompt, its BOS included; or what follows the tokens that `cache` holds.
+        cache: of one row; it grows as needed, and afterwards holds everything but the last token yielded.
+        max_prompt_tokens: a limit below `max_position_embeddings`.
+
+    Raises:
+        HymbaError: at the call, not later: the prompt is empty or too long, or `cache` has several rows.
+    """
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.embed_tokens.weight.device)
+    held = 0 if cache is None else int(cache.lengths.max())
+    room = model.config.max_position_embeddings
+    limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+    if ids.dim() != 1 or len(ids) == 0:
+        raise HymbaError("the prompt is empty: give at least one token, in one row")
+    if held + len(ids) > limit:
+        raise HymbaError(f"the prompt has {held + len(ids)} tokens and the limit is {limit}: shorten it")
+    if cache is not None and cache.rows != 1:
+        raise HymbaError(f"generate() continues one sequence, but the cache holds {cache.rows}")
+    # The last token is yielded but never run, so it needs no position.
+    count = min(params.max_new_tokens, room - held - len(ids) + 1)
+    length = held + len(ids) + count - 1
+    if cache is None:
+        cache = model.allocate_cache(rows=1, max_length=length)
+    cache.grow(length)
+    return _run(model, ids, params, cache, count)
+
+
+@torch.no_grad()
+def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int) -> Iterator[int]:
+    stops = {model.config.eos_token_id, *params.stop_ids}
+    generator = params.generator(ids.device)
+    for chunk in ids.split(PREFILL_CHUNK):
+        hidden = model(chunk[None], cache=cache).hidden
+    for step in range(count):
+        next_id = sample(model.logits(hidden[:, -1]), params, generator)
+        yield (token := int(next_id))
+        if token in stops or step == count - 1:
+            return
+        hidden = model(next_id[None], cache=cache).hidden
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text to continue, BOS first if the tokenizer has one.
+
+    Raises:
+        HymbaError: there is no text.
+    """
+    if not text.strip():
+        raise HymbaError("the prompt is empty: give some text to continue")
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+class Continuation:
+    """Text as it is generated: iterate once for its pieces, one per token, often a word, sometimes "".
+
+    Arguments and errors are those of :func:`generate`; `params.stop` is obeyed too.
+
+    tokens: the ids so far, one that stopped the text included.
+    pieces: what each of them added to the raw text.
+    text: what has been yielded, without a stop string.
+    finish: "stop" after a stop token or string, "length" when the tokens or the positions ran out, else None.
+    """
+
+    def __init__(
+        self,
+        model: Hymba,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        cache: Cache | None = None,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.text = ""
+        self.finish: str | None = None
+        self._stops = {model.config.eos_token_id, *params.stop_ids}
+        self._stream, self._cutter = TextStream(tokenizer), StopCutter(params.stop)
+        self._ids = generate(model, prompt, params, cache, max_prompt_tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._ids:
+            self.tokens.append(token)
+            self.pieces.append(self._stream.push(token))
+            yield self._grow(self._cutter.push(self.pieces[-1]))
+            if self._cutter.stopped or token in self._stops:
+                self.finish = "stop"
+                break
+        else:
+            self.finish = "length"
+        yield self._grow(self._cutter.push(self._stream.flush()) + self._cutter.flush())
+
+    def _grow(self, piece: str) -> str:
+        self.text += piece
+        return piece
