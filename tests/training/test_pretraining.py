@@ -75,6 +75,10 @@ def test_a_run_writes_model_report_log_and_curve(recipe: Recipe, books: Path, tm
     model = HymbaForCausalLM.from_pretrained(out / "model")
     assert model.dtype == torch.bfloat16
     assert len(load_tokenizer(out / "model")) == model.config.vocab_size
+    card = (out / "model" / "README.md").read_text()
+    assert f"{report['parameters']:,} parameters" in card
+    assert card.index("Held out") < card.index("dogs.txt") < card.index("## Training")
+    assert str(report["held_out_bits_per_byte"]) in card
     assert not list(out.glob("*.partial"))
     assert not list(out.rglob("training_args.bin"))
     assert pretrain(recipe, [books], out) == report

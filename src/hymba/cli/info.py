@@ -153,14 +153,14 @@ def _cache_table(cache: list[dict[str, int]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    caption = "MB = 10⁶ bytes. Held: bfloat16 K/V, float32 SSM state, meta tokens, whole windows."
+    caption = "K = 1000 tokens, MB = 10⁶ bytes. Held: bfloat16 K/V, float32 SSM state, meta tokens, whole windows."
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.title, table.title_justify, table.title_style = "Cache of one sequence", "left", "bold"
     for heading in ("tokens", "held", "by the paper's counting"):
         table.add_column(heading, justify="right")
     for row in cache:
         sizes = (f"{row[key] / 1e6:,.1f} MB" for key in ("held_bytes", "paper_bytes"))
-        table.add_row(f"{row['tokens']:,}", *sizes)
+        table.add_row(f"{row['tokens'] // 1000}K", *sizes)
     return table
 
 

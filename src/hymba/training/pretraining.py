@@ -171,7 +171,7 @@ def _train(
         console.print(f"saved at step {trainer.state.global_step}: run the same command again to go on")
         raise SystemExit(INTERRUPTED)
     report = _report(trainer, out, corpus, held_out)
-    _save_model(trainer, tokenizer, out / "model")
+    _save_model(trainer, tokenizer, report, out)
     with replacing(out / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"the model is in {out / 'model'}, its report and learning curve beside it")
@@ -254,13 +254,18 @@ def _report(trainer: PretrainingTrainer, out: Path, corpus: Corpus, held_out: Pa
     }
 
 
-def _save_model(trainer: PretrainingTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the final model and its tokenizer, complete or not at all."""
+def _save_model(
+    trainer: PretrainingTrainer, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any], out: Path
+) -> None:
+    """Write the final model, its tokenizer and its card, complete or not at all."""
     import torch
 
-    partial = directory.with_name(directory.name + ".partial")
+    from hymba.training.card import write_card
+
+    directory, partial = out / "model", out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     trainer.model.to(getattr(torch, trainer.recipe.save_dtype)).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    write_card(partial, trainer.model.config.core(), trainer.recipe, report, out / "curve.png")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
