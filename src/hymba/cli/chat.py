@@ -21,6 +21,7 @@ from hymba.cli.options import (
     TopKOption,
     TopPOption,
 )
+from hymba.cli.threads import spare_threads
 from hymba.errors import HymbaError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def chat(
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop=STOP_STRINGS)
     loaded, tokenizer = load_model(model, dtype, device)
+    spare_threads(loaded)
     conversation = Conversation(loaded, tokenizer, params, system)
     for line in (HINT, *([NOT_TAUGHT] if model == "tiny" else [])):
         typer.secho(line, dim=True, err=True)

@@ -21,6 +21,7 @@ from hymba.cli.options import (
     TopKOption,
     TopPOption,
 )
+from hymba.cli.threads import spare_threads
 from hymba.errors import HymbaError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def generate(
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     loaded, tokenizer = load_model(model, dtype, device)
+    spare_threads(loaded)
     ids = encode_prompt(tokenizer, text)
     continuation = Continuation(loaded, tokenizer, ids, params, max_prompt_tokens=max_prompt_tokens)
     if as_json:
