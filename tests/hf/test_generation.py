@@ -1,6 +1,7 @@
 """`generate` and the cache: whatever the strategy, the cache changes nothing but the time."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def test_the_cache_changes_nothing(model: HymbaForCausalLM, strategy: dict[str, 
     ids=str,
 )
 def test_prefill_and_static_options(model: HymbaForCausalLM, options: dict[str, object]) -> None:
-    assert torch.equal(run(model, prompt(), **options), run(model, prompt()))
+    output = run(model, prompt(), return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, run(model, prompt()))
+    assert isinstance(output.past_key_values, StaticCache if "cache_implementation" in options else DynamicCache)
 
 
 @pytest.mark.parametrize("kind", ["hymba", "dynamic", "config", "static"])
@@ -134,6 +137,63 @@ def test_rows_can_be_repeated_selected_and_forgotten(model: HymbaForCausalLM) ->
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **TOLERANCE)
 
 
+def test_each_layer_shows_its_keys_and_values(model: HymbaForCausalLM) -> None:
+    inputs, shape = prompt(columns=12), model.config.core()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]  # the first row begins with four of padding
+    with torch.no_grad():
+        whole, chunked = HymbaCache(), HymbaCache()
+        model(ids, attention_mask=mask, past_key_values=whole)
+        model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=chunked)
+        model(ids[:, 7:], attention_mask=mask, past_key_values=chunked)
+        alone = model(ids[:1, 4:], use_cache=True).past_key_values
+    assert len(whole) == len(chunked) == shape.num_hidden_layers
+    for i, (one, other, single) in enumerate(zip(whole.layers, chunked.layers, alone.layers, strict=True)):
+        held = 12 if i in shape.global_layers else shape.sliding_window + 1
+        assert one.get_seq_length() == 12
+        assert one.keys.shape == (2, shape.num_key_value_heads, held, shape.head_dim)
+        assert one.values.shape == (2, shape.num_key_value_heads, held, shape.v_head_dim)
+        for name in ("keys", "values"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), **TOLERANCE)
+            row = getattr(one, name)[:1, :, -8:]
+            torch.testing.assert_close(row, getattr(single, name), **TOLERANCE)
+            assert torch.equal(getattr(one, name), getattr(whole.layers[shape.owners[i]], name))
+    whole.reset()
+    assert whole.layers[0].keys is None
+    assert not whole.is_initialized
+
+
+def test_a_cache_filled_while_gradients_are_recorded(build: Callable[..., HymbaForCausalLM]) -> None:
+    model, inputs = build().eval(), prompt()
+    gradients = []
+    for use_cache in (None, False):
+        model.zero_grad()
+        output = model(**inputs, labels=inputs["input_ids"], use_cache=use_cache)
+        output.loss.backward()
+        gradients.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
+        if use_cache is None:
+            cache = output.past_key_values
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert cache.get_seq_length() == 9
+    fork = copy.deepcopy(cache)
+    longer = torch.cat((inputs["input_ids"], inputs["input_ids"][:, :2]), dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    whole = run(model, {"input_ids": longer, "attention_mask": mask})
+    for past in (cache, fork):
+        continued = run(model, {"input_ids": longer, "attention_mask": mask}, past_key_values=past)
+        assert torch.equal(continued, whole)
+    assert model.train()(**inputs).past_key_values is None
+
+
+@pytest.mark.parametrize("meta", [0, 3])
+def test_padding_on_the_left_changes_no_column(build: Callable[..., HymbaForCausalLM], meta: int) -> None:
+    model, inputs = build(num_memory_tokens=meta).eval(), prompt(columns=5)
+    inputs["attention_mask"] = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
+    padded = {name: torch.nn.functional.pad(x, (6, 0)) for name, x in inputs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**padded).logits[:, 6:], model(**inputs).logits, **TOLERANCE)
+
+
 def test_the_released_config_still_generates_with_a_cache(model: HymbaForCausalLM) -> None:
     config = copy.deepcopy(model.config)
     config.use_cache = False
@@ -151,7 +211,7 @@ def test_what_a_recurrent_cache_cannot_do(model: HymbaForCausalLM) -> None:
         cache.crop(1)
     with pytest.raises(ValueError, match="stateful"):
         run(model, prompt(rows=1), prompt_lookup_num_tokens=3)
-    with pytest.raises(HymbaError, match="quantized"):
+    with pytest.raises(ValueError, match="QuantizedCache"):
         run(model, prompt(), cache_implementation="quantized")
     foreign = DynamicCache()
     foreign.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba.hf.cache import HymbaCacheLayer
+from hymba.hf.cache import HymbaMemory
 from hymba.hf.layout import Layout
 from hymba.model import Hymba
 
@@ -30,14 +30,14 @@ class AttentionColumns:
 
     @classmethod
     def note(
-        cls, core: Hymba, layer: HymbaCacheLayer | None, queries: Layout, mask: Tensor | None, steps: int
+        cls, core: Hymba, memory: HymbaMemory | None, queries: Layout, mask: Tensor | None, steps: int
     ) -> AttentionColumns:
         """Read the cache as it is before the call; `mask` is the caller's (B, past + T) one."""
         total, stored, keys = steps, None, queries
         windows = tuple(core.config.window(i) for i in range(core.config.num_hidden_layers))
-        if layer is not None and layer.core is not None:
-            cache = layer.core
-            total += layer.width
+        if memory is not None and memory.core is not None:
+            cache = memory.core
+            total += memory.width
             keys = Layout.of_mask(mask) if mask is not None and mask.shape[1] == total else Layout()
             offsets = torch.arange(steps, device=cache.lengths.device)
             positions = cache.next_positions(cache.rows)[:, None] + offsets

@@ -18,7 +18,8 @@ class Layout:
     """Which columns of a (B, T) input hold real tokens.
 
     lengths: (B,) real tokens per row, or None where all T are real.
-    order: (B, T) the columns, real ones first, each part in its old order; None where that changes nothing.
+    order: (B, T) the columns: real ones, padding behind them, padding before or between them, each part in its
+        old order; None where that changes nothing.
     """
 
     lengths: Tensor | None = None
@@ -34,7 +35,9 @@ class Layout:
             return cls()
         if bool((real[:, 1:] <= real[:, :-1]).all()):
             return cls(real.sum(1))
-        return cls(real.sum(1), torch.argsort(~real, dim=1, stable=True))
+        # Padding behind a row's last token stays next to it, so that what stands before the row changes no output.
+        before = real.flip(1).cumsum(1).flip(1) > 0
+        return cls(real.sum(1), torch.argsort(~real * (1 + before), dim=1, stable=True))
 
     def real(self, steps: int, device: torch.device) -> Tensor:
         """Return (B or 1, T): which of the compacted columns are real."""
@@ -103,10 +106,17 @@ def packed_documents(
 
 
 def rotary_positions(
-    position_ids: Tensor | None, cache: Cache | None, layout: Layout, steps: tuple[int, int]
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    layout: Layout,
+    steps: tuple[int, int],
+    documents: Tensor | None,
 ) -> Tensor | None:
-    """Return `position_ids` (B, T), compacted, unless every real token's is where the cache's count leads."""
-    if position_ids is None:
+    """Return `position_ids` (B, T), compacted, unless every real token's is where the cache's count leads.
+
+    Packed `documents` count their own.
+    """
+    if position_ids is None or documents is not None:
         return None
     rows, columns = steps
     positions = layout.compact(position_ids).expand(rows, -1)

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple, logging
 
 from hymba.errors import HymbaError
 from hymba.hf.attentions import AttentionColumns
-from hymba.hf.cache import HymbaCache, hymba_layer
+from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
 from hymba.model import Hymba
@@ -69,7 +69,7 @@ class HymbaModel(HymbaPreTrainedModel):
         attention_mask: (B, past + T), 0 at padding, which may stand anywhere; the last T columns are read.
         position_ids: (B, T). Where they restart at 0 a packed document begins; else rotary positions.
         past_key_values: a :class:`HymbaCache`, or an empty cache of transformers', which becomes one.
-        use_cache: None takes the config's word, except while gradients are recorded.
+        use_cache: None takes the config's word, except in training mode.
         seq_idx: (B, T) document numbers of packed rows.
         cu_seq_lens_q: (documents + 1,) where the documents packed into a single row begin, and its end.
 
@@ -115,38 +115,36 @@ class HymbaModel(HymbaPreTrainedModel):
         layout = Layout.of_mask(last_columns(attention_mask, steps))
         documents = packed_documents(position_ids, seq_idx, cu_seq_lens_q, layout, steps)
         past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
-        layer = None if past_key_values is None else hymba_layer(past_key_values)
-        cache = None if layer is None else layer.make_room(self.core, *steps)
+        memory = hymba_memory(past_key_values, self.config.num_hidden_layers)
         columns = None
         if _or(output_attentions, self.config.output_attentions):
-            columns = AttentionColumns.note(self.core, layer, layout, attention_mask, steps[1])
-        output = self.core(
-            layout.compact(input_ids),
-            embeddings=layout.compact(inputs_embeds),
-            cache=cache,
-            lengths=layout.lengths,
-            documents=documents,
-            positions=None if documents is not None else rotary_positions(position_ids, cache, layout, steps),
-            output_hidden_states=_or(output_hidden_states, self.config.output_hidden_states),
-            output_attentions=columns is not None,
-        )
-        if layer is not None:
-            layer.width += steps[1]
+            columns = AttentionColumns.note(self.core, memory, layout, attention_mask, steps[1])
+        held = None if memory is None else memory.core
+        call = {
+            "tokens": layout.compact(input_ids),
+            "embeddings": layout.compact(inputs_embeds),
+            "lengths": layout.lengths,
+            "documents": documents,
+            "positions": rotary_positions(position_ids, held, layout, steps, documents),
+            "output_hidden_states": _or(output_hidden_states, self.config.output_hidden_states),
+            "output_attentions": columns is not None,
+        }
+        output = self.core(**call) if memory is None else memory.run(self.core, steps, call)
         return BaseModelOutputWithPast(
             last_hidden_state=layout.restore(output.hidden),
             past_key_values=past_key_values,
             hidden_states=output.hidden_states and tuple(map(layout.restore, output.hidden_states)),
-            attentions=columns and columns.arrange(output.attentions),
+            attentions=columns and columns.arrange(output.attentions or ()),
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
-        """Return the cache to use. Gradients or packed rows do with none unless the caller insists."""
+        """Return the cache to use. Training or packed rows do with none unless the caller insists."""
         if self.gradient_checkpointing and self.training:
             if given is not None or use_cache:
                 logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
             return None
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
+            use_cache = self.config.use_cache and not self.training and not packed
         return HymbaCache() if given is None and use_cache else given
 
 
@@ -216,25 +214,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         self.generation_config.use_cache = True
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        """Give `generate` a Hymba cache: a "static" one has its final size from the start, others grow."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if given is not None or not generation_config.use_cache:
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-            if given is not None:
-                hymba_layer(given)
-        elif kind in (None, "dynamic", "static"):
-            model_kwargs["past_key_values"] = HymbaCache(max_cache_length if kind == "static" else 0)
-        else:
-            raise HymbaError(f"cache_implementation={kind!r} does not fit Hymba: leave it out, or use 'static'")
+        """Let transformers make the cache that was asked for, and make it Hymba's."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        hymba_memory(model_kwargs.get("past_key_values"), self.config.num_hidden_layers)
 
 
 def _or(value: bool | None, default: bool) -> bool:

@@ -93,7 +93,7 @@ class Cache:
     conv_state: (L, B, E, d_conv − 1). ssm_state: (L, B, E, N), at least float32.
     lengths: (B,) int64, the user's tokens held.
 
-    Gradients flow within a call and stop at the cache.
+    Gradients flow within a call, the first one's through `prefix` too, and stop at the cache after it.
     """
 
     config: HymbaConfig
@@ -108,6 +108,8 @@ class Cache:
     @classmethod
     def start(cls, config: HymbaConfig, prefix: Prefix, rows: int, max_length: int) -> Cache:
         """Allocate `rows` rows for `max_length` text tokens each, and copy the meta tokens' state into them.
+
+        If `prefix` carries gradients, those of the first call flow through it.
 
         Raises:
             HymbaError: `rows` or `max_length` is not positive.
@@ -223,6 +225,13 @@ class Cache:
         """Count this call's tokens as held; called once, after the last layer."""
         self.lengths += steps if lengths is None else lengths
         self.longest += steps
+        if self.ssm_state.requires_grad:
+            self._detach()
+
+    def _detach(self) -> None:
+        for held in (self.keys, self.values):
+            held.update({owner: x.detach() for owner, x in held.items()})
+        self.conv_state, self.ssm_state = self.conv_state.detach(), self.ssm_state.detach()
 
     def select(self, rows: Tensor) -> Cache:
         """Return a copy that holds the rows named by the index `rows` (repeats allowed): beams, forks, snapshots."""

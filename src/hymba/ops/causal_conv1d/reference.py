@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hymba.ops.precision import accumulate_dtype
+
 
 def causal_conv1d(
     u: Tensor,
@@ -19,13 +21,13 @@ def causal_conv1d(
     """Reference for :func:`hymba.ops.causal_conv1d.causal_conv1d`, same signature."""
     history = with_history(u, weight.shape[1], initial_state)
     steps, taps = u.shape[1], weight.shape[1]
-    total = bias.to(u.dtype)
+    total: Tensor = bias.to(accumulate_dtype(u))
     for back in range(taps):
         earlier = history[:, taps - 1 - back : taps - 1 - back + steps]
         if document_offsets is not None and back > 0:
             earlier = _restart(earlier, history[:, : taps - 1], document_offsets, back)
         total = total + earlier * weight[:, taps - 1 - back]
-    return F.silu(total).to(u.dtype), final_state(history, taps, lengths)
+    return F.silu(total.to(u.dtype)), final_state(history, taps, lengths)
 
 
 def with_history(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
