@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+KERNELS := $(wildcard src/hymba/ops/*/*.cpp src/hymba/ops/*/*.h) src/hymba/ops/native/build.py
 PROMPT ?= It was a cold morning, and
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 .DEFAULT_GOAL := help
@@ -12,7 +13,7 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 setup: $(STAMP)  ## make .venv with the package and every extra
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@echo "setting up .venv: a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq -c constraints.txt torch

@@ -17,6 +17,7 @@ import hymba
 from hymba.cli import app
 from hymba.inference import load_model
 from hymba.model import cache_nbytes, load
+from hymba.ops import native
 
 PROGRAM = "from hymba.cli import main; main()"
 
@@ -129,7 +130,7 @@ def test_info_of_a_config_alone(tmp_path: Path) -> None:
 
 def test_info_tells_which_implementation_and_why(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = json.loads(run("info", checkpoint, "--device", "cpu", "--json")[1])["ops"]
-    assert {op["op"]: op["in_use"] for op in ops}["attention"] == "cpu"
+    assert {op["op"]: op["in_use"] for op in ops}["attention"] == ("native" if native.library() else "cpu")
     monkeypatch.setenv("HYMBA_BACKEND", "reference")
     for op in json.loads(run("info", checkpoint, "--json")[1])["ops"]:
         assert (op["in_use"], op["why"]) == ("reference", "HYMBA_BACKEND asks for it")

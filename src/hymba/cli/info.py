@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from hymba.model import HymbaConfig
 
-OPS = ("attention", "selective_scan", "causal_conv1d")
+OPS = ("attention", "selective_scan", "causal_conv1d", "linear")
 THOUSANDS = (1, 2, 4, 8, 16, 32)  # of tokens
 
 
@@ -94,16 +93,10 @@ def _describe_op(name: str, device: str) -> dict[str, Any]:
     """Tell which implementation of an op runs on a device, and why."""
     from importlib import import_module
 
-    from hymba.ops.backend import selected
+    from hymba.ops.backend import explain, selected
 
     implementations = import_module(f"hymba.ops.{name}").IMPLEMENTATIONS
-    chosen, wanted = selected(implementations, device), os.environ.get("HYMBA_BACKEND")
-    if wanted and wanted == chosen:
-        why = "HYMBA_BACKEND asks for it"
-    elif wanted:
-        why = f"there is no {wanted!r} one, which HYMBA_BACKEND asks for"
-    else:
-        why = "the fastest of its kind here" if len(implementations) > 1 else "the only one"
+    chosen, why = selected(implementations, device), explain(implementations, device)
     return {"op": name, "in_use": chosen, "why": why, "others": [x for x in implementations if x != chosen]}
 
 

@@ -19,7 +19,7 @@ from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
 from hymba.model import Hymba
-from hymba.model.hymba import HybridMixer, HymbaLayer
+from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
 from hymba.model.init import init_module
 from hymba.ops.precision import accumulate_dtype
 
@@ -166,7 +166,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         self.model = HymbaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.generation_config.use_cache = True  # the released files say false, which nobody wants
         self.post_init()
 

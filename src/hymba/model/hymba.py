@@ -20,6 +20,7 @@ from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
 from hymba.ops.attention import attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.linear import linear
 from hymba.ops.precision import accumulate_dtype
 from hymba.ops.rms_norm import rms_norm
 from hymba.ops.rotary import apply_rotary
@@ -52,7 +53,7 @@ class Hymba(nn.Module):
         self.meta_tokens = nn.Parameter(meta) if c.num_meta_tokens else None
         self.layers = nn.ModuleList(self.layer_class(c, i) for i in range(c.num_hidden_layers))
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
         self._kept_prefix: tuple[tuple, Prefix] | None = None
 
     @property
@@ -115,7 +116,7 @@ class Hymba(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., vocab) logits in at least float32 of hidden states (..., D)."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        scores = F.linear(hidden, head.weight)
+        scores = linear(hidden, head.weight)
         return scores.to(accumulate_dtype(scores))
 
     def allocate_cache(self, rows: int, max_length: int) -> Cache:
@@ -237,9 +238,9 @@ class HybridMixer(nn.Module):
         kv_widths = (c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.v_head_dim)
         # Rows of in_proj: query, (key, value,) SSM input, SSM gate.
         self.widths = [query_width, *(kv_widths if self.is_owner else ()), c.d_inner, c.d_inner]
-        self.in_proj = nn.Linear(c.hidden_size, sum(self.widths), bias=False)
+        self.in_proj = Linear(c.hidden_size, sum(self.widths), bias=False)
         self.conv = CausalConv(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
-        self.x_proj = nn.Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
+        self.x_proj = Linear(c.d_inner, c.dt_rank + 2 * c.d_state, bias=False)
         self.dt_norm = RMSNorm(c.dt_rank, c.rms_norm_eps)
         self.B_norm = RMSNorm(c.d_state, c.rms_norm_eps)
         self.C_norm = RMSNorm(c.d_state, c.rms_norm_eps)
@@ -248,7 +249,7 @@ class HybridMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(c.d_inner))
         self.attention_norm = RMSNorm(c.d_inner, c.rms_norm_eps)
         self.ssm_norm = RMSNorm(c.d_inner, c.rms_norm_eps)
-        self.out_proj = nn.Linear(c.d_inner, c.hidden_size, bias=False)
+        self.out_proj = Linear(c.d_inner, c.hidden_size, bias=False)
 
     def forward(
         self,
@@ -327,12 +328,20 @@ class CausalConv(nn.Conv1d):
         )
 
 
-class StepProjection(nn.Linear):
+class Linear(nn.Linear):
+    """A projection through :func:`hymba.ops.linear.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out)."""
+        return linear(x, self.weight, self.bias)
+
+
+class StepProjection(Linear):
     """The projection to step sizes δ. It leaves its bias to the scan, which adds it in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, R) to (B, T, E), without the bias."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class MLP(nn.Module):
@@ -340,9 +349,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""

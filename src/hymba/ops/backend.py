@@ -16,11 +16,12 @@ from typing import TypeVar
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.ops import native
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "native")
 
-# Fastest first. The CPU path is written in plain torch operations, so it also serves every other device.
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+# Fastest first. "native" is C++; "cpu" is written in plain torch operations, so it also serves every other device.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "cpu", "reference")}
 _DEFAULT_ORDER = ("cpu", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("hymba_backend", default=None)
@@ -41,9 +42,24 @@ def selected(implementations: Mapping[str, Callable], device_type: str) -> str:
     if forced:
         if forced not in BACKENDS:
             raise HymbaError(f"unknown backend {forced!r}: HYMBA_BACKEND takes one of {', '.join(BACKENDS)}")
+        if forced == "native" and native.why_not():
+            raise HymbaError(f"the native backend is not there: {native.why_not()}")
         if forced in implementations:
             return forced
-    return next(name for name in _ORDER.get(device_type, _DEFAULT_ORDER) if name in implementations)
+    usable = (name for name in _ORDER.get(device_type, _DEFAULT_ORDER) if name != "native" or native.library())
+    return next(name for name in usable if name in implementations)
+
+
+def explain(implementations: Mapping[str, Callable], device_type: str) -> str:
+    """Return in a few words why :func:`selected` chooses as it does on a device type."""
+    name, forced = selected(implementations, device_type), _forced.get() or os.environ.get("HYMBA_BACKEND")
+    if forced:
+        return "HYMBA_BACKEND asks for it" if name == forced else f"HYMBA_BACKEND asks for {forced!r}, which it lacks"
+    if name == "native":
+        return f"C++ kernels, {native.level()}"
+    if device_type == "cpu" and "native" in implementations:
+        return native.why_not()
+    return "the fastest of its kind here" if len(implementations) > 1 else "the only one"
 
 
 @contextmanager

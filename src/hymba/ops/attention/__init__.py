@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hymba.ops.attention import cpu, reference
+from hymba.ops.attention import cpu, native, reference
 from hymba.ops.attention.reference import Mask, attention_weights, visible, weigh_values
 from hymba.ops.backend import choose
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention, "cpu": cpu.attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.attention,
+    "cpu": cpu.attention,
+    "native": native.attention,
+}
 
 
 def attention(

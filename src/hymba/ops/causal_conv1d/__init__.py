@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hymba.ops.backend import choose
-from hymba.ops.causal_conv1d import cpu, reference
+from hymba.ops.causal_conv1d import cpu, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.causal_conv1d, "cpu": cpu.causal_conv1d}
+IMPLEMENTATIONS = {
+    "reference": reference.causal_conv1d,
+    "cpu": cpu.causal_conv1d,
+    "native": native.causal_conv1d,
+}
 
 
 def causal_conv1d(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hymba.ops.backend import choose
-from hymba.ops.selective_scan import cpu, reference
+from hymba.ops.selective_scan import cpu, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "cpu": cpu.selective_scan}
+IMPLEMENTATIONS = {
+    "reference": reference.selective_scan,
+    "cpu": cpu.selective_scan,
+    "native": native.selective_scan,
+}
 
 
 def selective_scan(

@@ -1,0 +1,146 @@
+"""The C++ kernels, loaded through ctypes: no link to torch, so one build serves every version of it.
+
+``HYMBA_NATIVE=0`` in the environment turns them off; ``HYMBA_SIMD=portable`` (or ``avx2``, ``avx512``) picks a level
+of instructions in place of the best this machine has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hymba.errors import HymbaError
+
+LEVELS = ("portable", "avx2", "avx512")
+
+# What kernels read and write, by the numbers they know them by.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+_forced: str | None = None  # by use_level
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the kernels' library, or None where there is none; :func:`why_not` then says why."""
+    return load(_forced) if _forced else _chosen()[0]
+
+
+def why_not() -> str:
+    """Return in one line why :func:`library` is None, or "" if it is not."""
+    return "" if library() is not None else _chosen()[1]
+
+
+def why_unfit(x: Tensor) -> str:
+    """Return in one line why no kernel takes `x`, or "" if one does: a dense CPU tensor of one of ``DTYPES``."""
+    if torch.compiler.is_compiling():
+        return "torch.compile does not see into C++ kernels"
+    if x.dtype not in DTYPES or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
+        return f"no C++ kernel for {type(x).__name__}s of {x.dtype} on {x.device}"
+    return why_not()
+
+
+def level() -> str:
+    """Return the level of instructions in use, such as "avx512", or "" without a library."""
+    return _forced or ("" if _chosen()[0] is None else _chosen()[1])
+
+
+@contextmanager
+def use_level(level: str) -> Iterator[None]:
+    """Run the kernels of one level inside the block, in every thread: for tests.
+
+    Raises:
+        HymbaError: it was not built, or this machine lacks its instructions.
+    """
+    global _forced
+    load(level)
+    before, _forced = _forced, level
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def available() -> list[str]:
+    """Return the levels that are built and that this machine runs, slowest first."""
+    return [level for level in LEVELS if not _reason_against(level)]
+
+
+@functools.cache
+def load(level: str) -> ctypes.CDLL:
+    """Load one level's library, whatever the environment says.
+
+    Raises:
+        HymbaError: it was not built, or this machine lacks its instructions.
+    """
+    if reason := _reason_against(level):
+        raise HymbaError(reason)
+    from hymba.ops.native.build import library_path
+
+    handle = ctypes.CDLL(str(library_path(level)))
+    handle.hymba_read_bandwidth.restype = ctypes.c_float
+    handle.hymba_set_gomp.argtypes = [ctypes.c_void_p]
+    handle.hymba_set_gomp(_torch_threads())
+    return handle
+
+
+@functools.cache
+def _reason_against(level: str) -> str:
+    """Return in one line why a level's library cannot be used, or "" if it can."""
+    from hymba.ops.native import build  # here, so that `python -m` runs it as a fresh module
+
+    remedy = "python -m hymba.ops.native.build"
+    path = build.library_path(level)
+    if not path.exists():
+        return f"the C++ kernels are not built ({path.name}): {remedy}"
+    if level != "portable" and (reason := _reason_against("portable")):
+        return reason
+    try:
+        # The portable library is safe to ask; another may hold instructions that this processor lacks everywhere.
+        portable = ctypes.CDLL(str(build.library_path("portable")))
+        if not portable.hymba_supports(LEVELS.index(level)):
+            return f"this processor does not run {level} kernels"
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the C++ kernels do not load: {error}"
+    handle.hymba_fingerprint.restype = ctypes.c_char_p
+    if handle.hymba_fingerprint().decode() != build.fingerprint():
+        return f"the C++ kernels are older than their sources: {remedy}"
+    return ""
+
+
+@functools.cache
+def _chosen() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library in use and its level, or None and the reason. Read once per process."""
+    if os.environ.get("HYMBA_NATIVE") == "0":
+        return None, "HYMBA_NATIVE=0 turns the C++ kernels off"
+    forced = os.environ.get("HYMBA_SIMD")
+    if forced:
+        if forced not in LEVELS:
+            raise HymbaError(f"unknown level {forced!r}: HYMBA_SIMD takes one of {', '.join(LEVELS)}")
+        return load(forced), forced
+    from hymba.ops.native.build import levels
+
+    reason = ""
+    for name in reversed(levels()):
+        reason = _reason_against(name)
+        if not reason:
+            return load(name), name
+    return None, reason
+
+
+def _torch_threads() -> int | None:
+    """Return the address of the function that forks in torch's own OpenMP pool: two pools would fight for the cores.
+
+    A look-up through torch's library finds it in whichever libgomp torch was linked with. None: kernels start threads.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
