@@ -33,13 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(_new_file_mode())
+        temporary.chmod(new_file_mode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _new_file_mode() -> int:
+def new_file_mode() -> int:
+    """Return the permissions that this process gives to a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.ops import native as kernels
+from hymba.ops.backend import usable
 from hymba.ops.linear import (
     GROUP,
     IMPLEMENTATIONS,
@@ -22,7 +23,7 @@ from hymba.ops.linear import (
     round_to_int8,
 )
 
-LEVELS = [level for i, level in enumerate(kernels.LEVELS) if kernels.load("portable").hymba_supports(i)]
+LEVELS = kernels.available()
 KINDS = [(16, torch.bfloat16), (8, torch.bfloat16), (8, torch.float32), (4, torch.bfloat16), (4, torch.float32)]
 SHAPES = [(1, 1), (3, 5), (31, 2), (63, 33), (64, 4), (65, 31), (127, 7), (192, 64), (1600, 37), (4480, 9), (8300, 5)]
 ROUND = {16: Tensor.bfloat16, 8: round_to_int8, 4: round_to_int4}
@@ -147,7 +148,7 @@ def test_many_rows_and_a_bias(bits, dtype):
             torch.testing.assert_close(out, wanted[:, : rows.shape[1]], atol=tolerance, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", usable(IMPLEMENTATIONS))
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_gradients_flow_to_the_input(name, bits):
     x, weight = problem(2, 3, 130, 11, bits)

@@ -7,7 +7,7 @@ from torch import Tensor
 from hymba.ops import native as kernels
 from hymba.ops.attention import cpu, native, reference
 
-LEVELS = [level for i, level in enumerate(kernels.LEVELS) if kernels.load("portable").hymba_supports(i)]
+LEVELS = kernels.available()
 DTYPES = [torch.float32, torch.bfloat16]
 
 

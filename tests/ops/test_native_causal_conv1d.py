@@ -125,6 +125,7 @@ def test_other_sizes_take_the_torch_path(taps: int) -> None:
     assert torch.equal(conv.causal_conv1d(**inputs)[0], IMPLEMENTATIONS["cpu"](**inputs)[0])
 
 
+@pytest.mark.usefixtures("level")
 def test_shapes_that_do_not_fit_are_refused() -> None:
     inputs = problem(2, 3, 5, 4)
     for name in ("u", "bias", "initial_state"):

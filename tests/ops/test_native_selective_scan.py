@@ -188,6 +188,7 @@ def test_decode_in_place_equals_a_scan(level: str, dtype: torch.dtype) -> None:
     assert torch.equal(state, expected[1])
 
 
+@pytest.mark.usefixtures("level")
 def test_shapes_that_do_not_fit_are_refused() -> None:
     inputs = problem(2, 3, 5, 4)
     for name in inputs:

@@ -75,6 +75,7 @@ def test_a_run_writes_model_report_log_and_curve(recipe: Recipe, books: Path, tm
     model = HymbaForCausalLM.from_pretrained(out / "model")
     assert model.dtype == torch.bfloat16
     assert len(load_tokenizer(out / "model")) == model.config.vocab_size
+    assert len({file.stat().st_mode for file in (out / "model").iterdir()}) == 1
     card = (out / "model" / "README.md").read_text()
     assert f"{report['parameters']:,} parameters" in card
     assert card.index("Held out") < card.index("dogs.txt") < card.index("## Training")

@@ -46,8 +46,13 @@ def selected(implementations: Mapping[str, Callable], device_type: str) -> str:
             raise HymbaError(f"the native backend is not there: {native.why_not()}")
         if forced in implementations:
             return forced
-    usable = (name for name in _ORDER.get(device_type, _DEFAULT_ORDER) if name != "native" or native.library())
-    return next(name for name in usable if name in implementations)
+    names = usable(implementations)
+    return next(name for name in _ORDER.get(device_type, _DEFAULT_ORDER) if name in names)
+
+
+def usable(implementations: Mapping[str, Callable]) -> list[str]:
+    """Return the names of the implementations that can run on this machine."""
+    return [name for name in implementations if name != "native" or native.library()]
 
 
 def explain(implementations: Mapping[str, Callable], device_type: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hymba.errors import HymbaError
-from hymba.files import replacing
+from hymba.files import new_file_mode, replacing
 from hymba.model import HymbaConfig
 from hymba.text import load_tokenizer, train_tokenizer
 from hymba.training.data import Corpus, find_files, read_documents, split_held_out, tokenise
@@ -266,6 +266,8 @@ def _save_model(
     shutil.rmtree(partial, ignore_errors=True)
     trainer.model.to(getattr(torch, trainer.recipe.save_dtype)).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():  # safetensors writes for the owner's eyes only
+        file.chmod(new_file_mode())
     write_card(partial, trainer.model.config.core(), trainer.recipe, report, out / "curve.png")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
