@@ -28,6 +28,12 @@ def test_every_released_key_is_written(released):
     }
 
 
+def test_null_means_no_such_layers(released):
+    config = HymbaConfig.from_released(released | {"kv_reuse_group": None, "global_attn_idx": None})
+    assert config.owners == tuple(range(config.num_hidden_layers))
+    assert config.global_layers == ()
+
+
 def test_owners_and_windows():
     config = HymbaConfig.named("1.5b")
     assert len(set(config.owners)) == 17

@@ -38,6 +38,7 @@ _RELEASED_KEYS = {
     "global_layers": "global_attn_idx",
     "kv_groups": "kv_reuse_group",
 }
+_LAYER_LISTS = ("global_attn_idx", "kv_reuse_group")
 # Computed from other released keys, or absent there.
 _DERIVED = ("head_dim", "d_inner")
 # The released modelling code has switches that every released checkpoint leaves in one position. We implement that one.
@@ -204,7 +205,8 @@ class HymbaConfig:
         for field in (f for f in fields(cls) if f.name not in _DERIVED):
             key = _RELEASED_KEYS.get(field.name, field.name)
             if key in released:
-                values[field.name] = _freeze(released[key])
+                # The released code takes null for "no such layers".
+                values[field.name] = _freeze(released[key] or [] if key in _LAYER_LISTS else released[key])
             elif field.default is MISSING:
                 raise HymbaError(f"config key {key} is missing: a Hymba config carries every key")
         attention_width = _or(released.get("attn_hidden_size"), values["hidden_size"])
