@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import assert_close
 from torch import Tensor
 
 from hymba.errors import HymbaError
@@ -15,22 +14,9 @@ from hymba.ops import native
 from hymba.ops.causal_conv1d import IMPLEMENTATIONS
 from hymba.ops.causal_conv1d import native as conv
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 Case = tuple[dict[str, Tensor], dict[str, Tensor | None]]
-
-
-@pytest.fixture(params=native.available())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.use_level(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh tensors hold NaN."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(rows: int, steps: int, width: int, taps: int, *, seed: int = 0) -> dict[str, Tensor]:
@@ -53,14 +39,6 @@ def run(name: str, inputs: dict[str, Tensor], ragged: dict[str, Tensor | None]) 
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).bfloat16().to(x.dtype) for x in (out, final)]
     grads = torch.autograd.grad((out, final), list(leaves.values()), weights, allow_unused=True)
     return {"out": out, "final": final} | {f"d {key}": x for key, x in zip(leaves, grads, strict=True)}
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    """Compare by the largest value of each tensor."""
-    for name, expected in theirs.items():
-        x, expected = ours[name].detach().double(), expected.detach().double()
-        error = (x - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert float(error) <= tolerance, f"{name}: {float(error):.1e}"  # also where it is NaN
 
 
 @st.composite

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import assert_close
 from torch import Tensor
 
 from hymba.errors import HymbaError
@@ -16,27 +14,9 @@ from hymba.ops import native
 from hymba.ops.selective_scan import IMPLEMENTATIONS
 from hymba.ops.selective_scan import native as scan
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 Case = tuple[dict[str, Tensor], dict[str, Tensor | None]]
-
-
-@pytest.fixture(params=native.available())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.use_level(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN in tensors and huge numbers in the kernels' own buffers, not zeros by luck."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    if mallopt is not None:
-        mallopt(-6, 0x80)  # M_PERTURB: fill with 0x7f7f…
-    yield
-    torch.use_deterministic_algorithms(False)
-    if mallopt is not None:
-        mallopt(-6, 0)
 
 
 def problem(rows: int, steps: int, width: int, states: int, *, seed: int = 0) -> dict[str, Tensor]:
@@ -67,14 +47,6 @@ def run(name: str, inputs: dict[str, Tensor], ragged: dict[str, Tensor | None]) 
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).bfloat16().to(x.dtype) for x in (y, final)]
     grads = torch.autograd.grad((y, final), list(leaves.values()), weights)
     return {"y": y, "final": final} | {f"d {key}": x for key, x in zip(leaves, grads, strict=True)}
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    """Compare by the largest value of each tensor."""
-    for name, expected in theirs.items():
-        x, expected = ours[name].detach().double(), expected.detach().double()
-        error = (x - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert float(error) <= tolerance, f"{name}: {float(error):.1e}"  # also where it is NaN
 
 
 @st.composite

@@ -42,7 +42,7 @@ def perplexity(
     stride = max(1, context // 2) if stride is None else stride
     scores = _score(loaded, tokenizer, files, texts, (context, stride))
     if as_json:
-        settings = {"model": model, "dtype": str(loaded.embed_tokens.weight.dtype).removeprefix("torch.")}
+        settings = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch.")}
         told = [{"file": str(file)} | _describe(score) for file, score in zip(files, scores, strict=True)]
         total = _describe(sum(scores[1:], scores[0]))
         typer.echo(

@@ -120,7 +120,7 @@ def score_tokens(
         HymbaError: context or stride is out of range, or there are no tokens.
     """
     _check(model.config, tokens, context, stride)
-    device, total = model.embed_tokens.weight.device, len(tokens)
+    device, total = model.device, len(tokens)
     text = torch.tensor([bos, *tokens], dtype=torch.int64, device=device)
     width = min(context, total)
     # A window that ends at e reads text[e − width : e], its first made BOS, and predicts up to text[e].

@@ -133,7 +133,7 @@ def write_model(model: Hymba, source: Path, target: Path, max_shard_size: str = 
 def _write_config(model: Hymba, source: Path, target: Path) -> None:
     """Write the config of `source` as it is, but for the dtype, which has had two names."""
     config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     with replacing(target / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def generate(
     Raises:
         HymbaError: at the call, not later: the prompt is empty or too long, or `cache` has several rows.
     """
-    ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.embed_tokens.weight.device)
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
     held = 0 if cache is None else int(cache.lengths.max())
     room = model.config.max_position_embeddings
     limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)

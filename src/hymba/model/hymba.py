@@ -122,7 +122,7 @@ class Hymba(nn.Module):
     def allocate_cache(self, rows: int, max_length: int) -> Cache:
         """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state."""
         with torch.no_grad():
-            return Cache.start(self.config, self.prefix(self._rope_base(0, None)), rows, max_length)
+            return Cache.start(self.config, self.prefix(), rows, max_length)
 
     def prefix(self, base: float | None = None) -> Prefix:
         """Return the meta tokens' state for a rotary base; without gradients it is computed once per weights."""

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from hymba.ops import native
 from hymba.ops.attention import cpu
+from hymba.ops.attention.reference import Mask
 
 _NO_WINDOW = torch.iinfo(torch.int64).max
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    window: int | None,
-    num_meta: int,
-    query_documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:
     """C++ path for :func:`hymba.ops.attention.attention`, same signature."""
-    if query_documents is not None or _unfit(q, k, v):
-        return cpu.attention(
-            q,
-            k,
-            v,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            window=window,
-            num_meta=num_meta,
-            query_documents=query_documents,
-            key_documents=key_documents,
-        )
+    if mask.get("query_documents") is not None or _unfit(q, k, v):
+        return cpu.attention(q, k, v, **mask)
+    query_positions, key_positions, window = mask["query_positions"], mask["key_positions"], mask["window"]
     q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
     keys = key_positions if key_positions.stride(1) == 1 else key_positions.contiguous()
     queries = query_positions.contiguous()
@@ -48,7 +30,7 @@ def attention(
         q.shape[3],
         v.shape[3],
         _NO_WINDOW if window is None else window,
-        num_meta,
+        mask["num_meta"],
     )
     strides = (q.stride(0), *k.stride()[:2], *v.stride()[:2], keys.stride(0))
     tensors = (x.data_ptr() for x in (q, k, v, queries, keys, out))
