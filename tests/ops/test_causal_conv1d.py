@@ -69,3 +69,14 @@ def test_gradients_agree():
         grads.append([x.grad for x in leaves])
     for ours, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+def test_the_final_state_goes_where_it_is_told():
+    u, weight, bias, initial = inputs(0, 2, 3)
+    for conv in IMPLEMENTATIONS:
+        out, expected = conv(u, weight, bias, initial_state=initial)
+        place = torch.zeros(2, 3, u.shape[2], dtype=torch.float64).transpose(1, 2)
+        result = conv(u, weight, bias, initial_state=initial, final_state=place)
+        assert result[1] is place
+        assert torch.equal(result[0], out)
+        assert torch.equal(place.to(u.dtype), expected)

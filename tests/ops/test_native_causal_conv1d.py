@@ -109,3 +109,27 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for name in ("u", "bias", "initial_state"):
         with pytest.raises(HymbaError, match="causal_conv1d: "):
             conv.causal_conv1d(**inputs | {name: inputs[name][..., :-1]})
+
+
+def test_without_gradients_weights_are_read_as_they_are(level: str) -> None:
+    @given(cases())
+    def check(case: Case) -> None:
+        low = {name: x.bfloat16() for name, x in case[0].items()}
+        with torch.no_grad():
+            out, final = conv.causal_conv1d(**low, **case[1])
+        wanted = conv.causal_conv1d(**low, **case[1])
+        assert torch.equal(out, wanted[0])
+        assert torch.equal(final, wanted[1])
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_decode_in_place_equals_a_copy(level: str, dtype: torch.dtype) -> None:
+    inputs = {name: x.to(dtype) for name, x in problem(2, 1, 50, 4).items()}
+    state = inputs.pop("initial_state").contiguous()
+    expected = conv.causal_conv1d(**inputs, initial_state=state)
+    out, final = conv.causal_conv1d(**inputs, initial_state=state, final_state=state)
+    assert final is state
+    assert torch.equal(out, expected[0])
+    assert torch.equal(state, expected[1])

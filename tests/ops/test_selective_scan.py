@@ -39,7 +39,7 @@ def problem(
     inputs = {
         "u": draw(rows, steps, width),
         "dt": draw(rows, steps, width),
-        "A": -draw(width, states).exp(),
+        "A_log": draw(width, states),
         "B": draw(rows, steps, states),
         "C": draw(rows, steps, states),
         "D": draw(width),
@@ -246,9 +246,23 @@ def test_a_case_worked_by_hand(backend: str) -> None:
     one, zero = torch.ones(1, 3, 1, dtype=torch.float64), torch.zeros(1, 3, 1, dtype=torch.float64)
     with use_backend(backend):
         y, final = selective_scan(
-            one, zero, -one[0, :1], one, 2 * one, one[0, 0], dt_bias=zero[0, 0], initial_state=8 * one[:, :1]
+            one, zero, zero[0, :1], one, 2 * one, one[0, 0], dt_bias=zero[0, 0], initial_state=8 * one[:, :1]
         )
     ln2 = torch.tensor(2.0, dtype=torch.float64).log()
     states = torch.stack((4 + ln2, 2 + 1.5 * ln2, 1 + 1.75 * ln2))
     torch.testing.assert_close(y.flatten(), 2 * states + 1)
     torch.testing.assert_close(final.flatten(), states[-1:])
+
+
+@pytest.mark.parametrize("backend", usable(IMPLEMENTATIONS))
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # at float32 the state given is too wide for the op
+def test_the_final_state_goes_where_it_is_told(backend: str, steps: int, dtype: torch.dtype) -> None:
+    inputs = {name: x.detach() for name, x in problem(2, steps, 5, 4, dtype=dtype).items()}
+    place = torch.zeros(2, 4, 5, dtype=torch.float64).transpose(1, 2)
+    with use_backend(backend), torch.no_grad():
+        expected = selective_scan(**inputs)
+        y, final = selective_scan(**inputs, final_state=place)
+    assert final is place
+    assert torch.equal(y, expected[0])
+    assert torch.equal(place.to(dtype), expected[1])

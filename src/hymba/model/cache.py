@@ -2,13 +2,14 @@
 
 Two memories feed the same forward pass. :class:`Prefix` is what the meta tokens leave: immutable, differentiable, one
 row, the start of every sequence. :class:`Cache` is what a batch of sequences leaves: allocated once, mutated in place.
-Both answer `states`, `stored`, `extend`, `key_positions`, `next_positions` and `write`.
+Both answer `states`, `stored`, `slots`, `extend`, `key_positions`, `next_positions` and `write`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,19 @@ from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.model.config import HymbaConfig
+
+
+class Slots(NamedTuple):
+    """Where a call's newest tokens go in a ring.
+
+    rows, slots: (B, 1) and (B, C) int64 indices into a buffer. tokens: (B, C) indices into the call's tokens, None if
+    they are all of them in order. real: (B, C) bool, False where there is only padding; None if there is none.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    tokens: Tensor | None
+    real: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Prefix:
     values: dict[int, Tensor]
     conv_state: Sequence[Tensor]
     ssm_state: Sequence[Tensor]
+    in_place: ClassVar[bool] = False  # whether a layer may overwrite the states it is given
 
     @classmethod
     def blank(cls, config: HymbaConfig, dtype: torch.dtype, device: torch.device) -> Prefix:
@@ -62,11 +77,14 @@ class Prefix:
         positions = torch.arange(meta, device=query_positions.device).expand(query_positions.shape[0], -1)
         return torch.cat((positions, query_positions), dim=1)
 
+    def slots(self, window: int | None, lengths: Tensor | None, steps: int) -> None:
+        """Return nothing: a prefix never changes."""
+
     def extend(
-        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, lengths: Tensor | None
+        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, slots: Slots | None
     ) -> tuple[Tensor, Tensor]:
         """Return `stored` followed by this call's `k` and `v`. (B, M + T, G, K or V)"""
-        del window, lengths  # nothing is overwritten, and padding keys carry position −1
+        del window, slots  # nothing is overwritten, and padding keys carry position −1
         rows = k.shape[0]
         keys, values = (s.to(x.dtype).expand(rows, -1, -1, -1) for s, x in zip(stored, (k, v), strict=True))
         return torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
@@ -128,6 +146,11 @@ class Cache:
         return cls(config, max_length, *buffers, conv_state, ssm_state, lengths)
 
     @property
+    def in_place(self) -> bool:
+        """Whether a layer may overwrite the states it is given; a backward pass needs them as they were."""
+        return not torch.is_grad_enabled()
+
+    @property
     def rows(self) -> int:
         """The number of sequences held."""
         return self.lengths.shape[0]
@@ -141,8 +164,7 @@ class Cache:
     def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
         """Return the layer's conv and SSM state."""
         states = self.conv_state[layer], self.ssm_state[layer]
-        # A backward pass needs them as they were; write() is about to change them.
-        return (states[0].clone(), states[1].clone()) if torch.is_grad_enabled() else states
+        return states if self.in_place else (states[0].clone(), states[1].clone())
 
     def stored(self, owner: int) -> tuple[Tensor, Tensor]:
         """Return the owner's buffers."""
@@ -177,49 +199,51 @@ class Cache:
         return torch.cat((metas, positions) if written else (metas, positions, query_positions), dim=1)
 
     def extend(
-        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, lengths: Tensor | None
+        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, slots: Slots | None
     ) -> tuple[Tensor, Tensor]:
         """Write this call's `k` and `v` into the buffers `stored`; return the keys and values to attend to.
 
         A chunk in a sliding layer still needs keys that it is about to overwrite, so it attends to the stored keys and
-        its own side by side; elsewhere the buffer itself serves, without a copy. `lengths` as in `Hymba.forward`.
+        its own side by side; elsewhere the buffer itself serves, without a copy.
         """
+        assert slots is not None
         meta, steps = self.config.num_meta_tokens, k.shape[1]
         ring = stored[0].shape[1] - meta
         written = _writes_first(window, steps)
         end = meta + self._used(ring, steps if written else 0)
         if written:
-            self._write_ring(stored, (k, v), lengths)
+            _write_ring(stored, (k, v), slots)
             return stored[0][:, :end], stored[1][:, :end]
         keys, values = (torch.cat((s[:, :end], x), dim=1) for s, x in zip(stored, (k, v), strict=True))
-        self._write_ring(stored, (k, v), lengths)
+        _write_ring(stored, (k, v), slots)
         return keys, values
 
     def _used(self, ring: int, steps: int) -> int:
         """Return how many slots of a ring can hold a token once `steps` more are written."""
         return min(ring, self.longest + steps)
 
-    def _write_ring(self, buffers: Sequence[Tensor], own: Sequence[Tensor], lengths: Tensor | None) -> None:
-        meta, steps = self.config.num_meta_tokens, own[0].shape[1]
-        ring = buffers[0].shape[1] - meta
-        count, device = min(steps, ring), self.lengths.device
-        real = self.lengths.new_full((self.rows,), steps) if lengths is None else lengths
+    def slots(self, window: int | None, lengths: Tensor | None, steps: int) -> Slots:
+        """Return where a call's tokens go in the rings of a window; `lengths` as in `Hymba.forward`."""
+        ring, device = self.max_length if window is None else window + 1, self.lengths.device
+        rows, tokens = torch.arange(self.rows, device=device)[:, None], torch.arange(min(steps, ring), device=device)
+        first = self.lengths[:, None] + tokens
+        if lengths is None and steps <= ring:
+            return Slots(rows, self._slot(first, ring), None, None)
         # The last `ring` real tokens of each row; consecutive tokens never share a slot.
-        tokens = (real - ring).clamp(min=0)[:, None] + torch.arange(count, device=device)
-        rows = torch.arange(self.rows, device=device)[:, None]
-        slots = meta + (self.lengths[:, None] + tokens) % ring
-        for buffer, new in zip(buffers, own, strict=True):
-            new = new.detach().to(buffer.dtype)
-            if steps > ring:
-                new = new[rows, tokens]
-            if lengths is not None:  # padding puts back what its slot holds
-                new = torch.where((tokens < real[:, None])[:, :, None, None], new, buffer[rows, slots])
-            buffer[rows, slots] = new
+        real = self.lengths.new_full((self.rows,), steps) if lengths is None else lengths
+        skipped = (real - ring).clamp(min=0)[:, None]
+        tokens = skipped + tokens
+        is_real = None if lengths is None else tokens < real[:, None]
+        return Slots(rows, self._slot(first + skipped, ring), tokens if steps > ring else None, is_real)
+
+    def _slot(self, tokens: Tensor, ring: int) -> Tensor:
+        return self.config.num_meta_tokens + tokens % ring
 
     def write(self, layer: int, conv_state: Tensor, ssm_state: Tensor) -> None:
-        """Store the layer's state after this call."""
-        self.conv_state[layer].copy_(conv_state.detach())
-        self.ssm_state[layer].copy_(ssm_state.detach())
+        """Store the layer's state after this call, unless the layer has done so itself."""
+        if not self.in_place:
+            self.conv_state[layer].copy_(conv_state.detach())
+            self.ssm_state[layer].copy_(ssm_state.detach())
 
     def advance(self, lengths: Tensor | None, steps: int) -> None:
         """Count this call's tokens as held; called once, after the last layer."""
@@ -261,6 +285,16 @@ class Cache:
         """Return the bytes of every tensor held."""
         held = (*self.keys.values(), *self.values.values(), self.conv_state, self.ssm_state, self.lengths)
         return sum(x.numel() * x.element_size() for x in held)
+
+
+def _write_ring(buffers: Sequence[Tensor], own: Sequence[Tensor], slots: Slots) -> None:
+    for buffer, new in zip(buffers, own, strict=True):
+        new = new.detach().to(buffer.dtype)
+        if slots.tokens is not None:
+            new = new[slots.rows, slots.tokens]
+        if slots.real is not None:  # padding puts back what its slot holds
+            new = torch.where(slots.real[:, :, None, None], new, buffer[slots.rows, slots.slots])
+        buffer[slots.rows, slots.slots] = new
 
 
 def _writes_first(window: int | None, steps: int) -> bool:

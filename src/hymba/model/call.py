@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba.model.cache import Cache, Prefix
+from hymba.model.cache import Cache, Prefix, Slots
 from hymba.model.config import HymbaConfig
 from hymba.ops.attention import Mask
 from hymba.ops.rotary import rotary_tables
@@ -18,12 +18,14 @@ from hymba.ops.rotary import rotary_tables
 class Call:
     """Positions count the meta tokens; −1 is padding or an empty slot.
 
-    query_positions: (B, T). key_positions: by window, (B, S). rotary: cos and sin, (B, T, K/2).
+    query_positions: (B, T). key_positions: by window, (B, S). slots: by window, where the call's keys are kept.
+    rotary: cos and sin, (B, T, K/2).
     lengths: (B,) or None. documents, document_offsets: (B, T) or None.
     """
 
     query_positions: Tensor
     key_positions: dict[int | None, Tensor]
+    slots: dict[int | None, Slots | None]
     rotary: tuple[Tensor, Tensor]
     lengths: Tensor | None
     documents: Tensor | None
@@ -59,6 +61,7 @@ class Call:
         return cls(
             query_positions=queries,
             key_positions={window: memory.key_positions(window, queries) for window in windows},
+            slots={window: memory.slots(window, lengths, steps) for window in windows},
             rotary=rotary_tables(rotary_positions, config.head_dim, base, x.dtype),
             lengths=lengths,
             documents=documents,

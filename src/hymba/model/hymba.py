@@ -266,9 +266,9 @@ class HybridMixer(nn.Module):
         if self.is_owner:
             k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
             v = self._heads(kv[1], self.config.num_key_value_heads)
-            keys, values = memory.extend(self.window, (keys, values), k, v, call.lengths)
+            keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
         attended, weights = self._attend(q, keys, values, call)
-        scanned, conv_state, ssm_state = self._scan(u, gate, conv_state, ssm_state, call)
+        scanned, conv_state, ssm_state = self._scan(u, gate, conv_state, ssm_state, memory.in_place, call)
         mixed = (self.attention_norm(attended) + self.ssm_norm(scanned)) / 2
         return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
 
@@ -282,16 +282,16 @@ class HybridMixer(nn.Module):
         return weigh_values(weights, values).to(q.dtype).flatten(2), weights
 
     def _scan(
-        self, u: Tensor, gate: Tensor, conv_state: Tensor, ssm_state: Tensor, call: Call
+        self, u: Tensor, gate: Tensor, conv_state: Tensor, ssm_state: Tensor, in_place: bool, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the Mamba branch (B, T, E) and the states it leaves (arXiv 2312.00752, with normed dt, B and C)."""
         c = self.config
-        u, conv_state = self.conv(u, conv_state, call)
+        u, conv_state = self.conv(u, conv_state, in_place, call)
         dt, B, C = self.x_proj(u).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
         y, ssm_state = selective_scan(
             u,
             self.dt_proj(self.dt_norm(dt)),
-            -torch.exp(self.A_log.to(accumulate_dtype(self.A_log))),
+            self.A_log,
             self.B_norm(B),
             self.C_norm(C),
             self.D,
@@ -300,6 +300,7 @@ class HybridMixer(nn.Module):
             initial_state=ssm_state,
             lengths=call.lengths,
             document_offsets=call.document_offsets,
+            final_state=ssm_state if in_place else None,
         )
         return y, conv_state, ssm_state
 
@@ -316,8 +317,10 @@ class CausalConv(nn.Conv1d):
 
     bias: nn.Parameter
 
-    def forward(self, u: Tensor, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Map (B, T, E) to (B, T, E); take and return the state (B, E, d_conv − 1)."""
+    def forward(  # type: ignore[override]
+        self, u: Tensor, state: Tensor, in_place: bool, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """Map (B, T, E) to (B, T, E); take and return the state (B, E, d_conv − 1), overwritten if `in_place`."""
         return causal_conv1d(
             u,
             self.weight[:, 0],
@@ -325,6 +328,7 @@ class CausalConv(nn.Conv1d):
             initial_state=state,
             lengths=call.lengths,
             document_offsets=call.document_offsets,
+            final_state=state if in_place else None,
         )
 
 

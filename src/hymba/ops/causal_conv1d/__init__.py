@@ -22,6 +22,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its own taps over the current and earlier steps, then apply SiLU.
 
@@ -33,13 +34,21 @@ def causal_conv1d(
         lengths: (B,) int64, valid steps per row; all T when None. They decide the final state only.
         document_offsets: (B, T) int64, each step's distance from the start of its packed document. A document sees
             `initial_state` before its first step and nothing of its neighbour.
+        final_state: (B, E, taps − 1) takes the final state in place of a new tensor; it may be `initial_state` itself.
+            Not with gradients.
 
     Returns:
         SiLU of the convolution, (B, T, E) in the dtype of `u`, and the final state (B, E, taps − 1): the last inputs
         before ``lengths``.
     """
     return choose(IMPLEMENTATIONS, u)(
-        u, weight, bias, initial_state=initial_state, lengths=lengths, document_offsets=document_offsets
+        u,
+        weight,
+        bias,
+        initial_state=initial_state,
+        lengths=lengths,
+        document_offsets=document_offsets,
+        final_state=final_state,
     )
 
 

@@ -9,10 +9,10 @@ using namespace hymba;
 
 // As native.py fills it. Strides count elements; the last dimension is dense. A null pointer stands for None.
 struct Conv {
-    int64_t rows, steps, width, taps, dtype, threads;
+    int64_t rows, steps, width, taps, dtype, wide_weights, threads;
     int64_t u_row, grad_out_row, initial_row, u_step, grad_out_step;
     const void* u;                     // (rows, steps, width)
-    const void *weight, *bias;         // wide: (width, taps), (width)
+    const void *weight, *bias;         // (width, taps), (width): wide if wide_weights, else as u
     const void* initial;               // (rows, width, taps − 1), as u; its rows may be one
     const int64_t *lengths, *offsets;  // (rows), (rows, steps)
     void *out, *final;                 // as u: (rows, steps, width), (rows, width, taps − 1)
@@ -59,10 +59,21 @@ struct Kernel {
         V weight[TAPS], bias, initial[TAPS], window[TAPS];
     };
 
+    template <class W>
+    void load_weights(const W* weight, const W* bias, int64_t vector, Channels& c) const {
+        const int count = lanes(vector);
+        R wide[L * TAPS];
+        for (int i = 0; i < count * TAPS; ++i) wide[i] = widen(weight[vector * L * TAPS + i]);
+        load_transposed(wide, count, TAPS, c.weight);
+        c.bias = load(bias + vector * L, count);
+    }
+
     void begin(Channels& c, int64_t row, int64_t vector) const {
         const int count = lanes(vector);
-        load_transposed(static_cast<const R*>(x.weight) + vector * L * TAPS, count, TAPS, c.weight);
-        c.bias = load(static_cast<const R*>(x.bias) + vector * L, count);
+        if (x.wide_weights)
+            load_weights(static_cast<const R*>(x.weight), static_cast<const R*>(x.bias), vector, c);
+        else
+            load_weights(static_cast<const T*>(x.weight), static_cast<const T*>(x.bias), vector, c);
         std::memset(c.initial, 0, sizeof c.initial);
         if (x.initial) {
             const T* from = static_cast<const T*>(x.initial) + row * x.initial_row + vector * L * BACK;

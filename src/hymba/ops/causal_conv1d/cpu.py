@@ -16,13 +16,13 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast path for :func:`hymba.ops.causal_conv1d.causal_conv1d`, same signature."""
     if document_offsets is not None:
-        return reference.causal_conv1d(
-            u, weight, bias, initial_state=initial_state, lengths=lengths, document_offsets=document_offsets
-        )
+        rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
+        return reference.causal_conv1d(u, weight, bias, initial_state=initial_state, **rest)
     taps = weight.shape[1]
     history = reference.with_history(u, taps, initial_state)
     out = F.conv1d(history.transpose(1, 2), weight[:, None].to(u.dtype), bias.to(u.dtype), groups=u.shape[2])
-    return F.silu(out).transpose(1, 2), reference.final_state(history, taps, lengths)
+    return F.silu(out).transpose(1, 2), reference.state_left(history, taps, lengths, final_state)

@@ -17,6 +17,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference for :func:`hymba.ops.causal_conv1d.causal_conv1d`, same signature."""
     history = with_history(u, weight.shape[1], initial_state)
@@ -27,7 +28,7 @@ def causal_conv1d(
         if document_offsets is not None and back > 0:
             earlier = _restart(earlier, history[:, : taps - 1], document_offsets, back)
         total = total + earlier * weight[:, taps - 1 - back]
-    return F.silu(total.to(u.dtype)), final_state(history, taps, lengths)
+    return F.silu(total.to(u.dtype)), state_left(history, taps, lengths, final_state)
 
 
 def with_history(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
@@ -37,12 +38,14 @@ def with_history(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
     return torch.cat((initial_state.transpose(1, 2).to(u.dtype).expand(u.shape[0], -1, -1), u), dim=1)
 
 
-def final_state(history: Tensor, taps: int, lengths: Tensor | None) -> Tensor:
-    """Return the last taps − 1 inputs of each row, (B, E, taps − 1)."""
+def state_left(history: Tensor, taps: int, lengths: Tensor | None, out: Tensor | None) -> Tensor:
+    """Return the last taps − 1 inputs of each row, (B, E, taps − 1), in `out` if it is given."""
     if lengths is None:
-        return history[:, history.shape[1] - (taps - 1) :].transpose(1, 2)
-    index = lengths[:, None] + torch.arange(taps - 1, device=history.device)
-    return history.gather(1, index[:, :, None].expand(-1, -1, history.shape[2])).transpose(1, 2)
+        left = history[:, history.shape[1] - (taps - 1) :].transpose(1, 2)
+    else:
+        index = lengths[:, None] + torch.arange(taps - 1, device=history.device)
+        left = history.gather(1, index[:, :, None].expand(-1, -1, history.shape[2])).transpose(1, 2)
+    return left if out is None else out.copy_(left)
 
 
 def _restart(earlier: Tensor, initial: Tensor, offsets: Tensor, back: int) -> Tensor:

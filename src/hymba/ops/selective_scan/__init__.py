@@ -17,7 +17,7 @@ IMPLEMENTATIONS = {
 def selective_scan(
     u: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -27,10 +27,11 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence of N states per channel over the steps, and read it out.
 
-    With δ_t = softplus(dt_t + dt_bias)::
+    With δ_t = softplus(dt_t + dt_bias) and A = −exp(A_log)::
 
         s_t = exp(δ_t A) s_{t−1} + δ_t B_t u_t
         y_t = (C_t · s_t + D u_t) · SiLU(gate_t)
@@ -40,7 +41,7 @@ def selective_scan(
     Args:
         u: (B, T, E) inputs, T ≥ 1.
         dt: (B, T, E) step sizes before their bias and softplus.
-        A: (E, N) decay rates, negative.
+        A_log: (E, N) logarithms of the decay rates.
         B, C: (B, T, N) input and output maps, shared by all channels.
         D: (E,) weight of the direct path.
         dt_bias: (E,).
@@ -50,6 +51,8 @@ def selective_scan(
             stands still, whatever their document offsets.
         document_offsets: (B, T) int64, each step's distance from the start of its packed document. A
             document's first step (offset 0) starts from `initial_state`, not from its neighbour's state.
+        final_state: (B, E, N) takes the final state in place of a new tensor; it may be `initial_state` itself. Not
+            with gradients.
 
     Returns:
         y, (B, T, E) in the dtype of `u`, and the final state (B, E, N) in float32 or wider. What y holds
@@ -58,7 +61,7 @@ def selective_scan(
     return choose(IMPLEMENTATIONS, u)(
         u,
         dt,
-        A,
+        A_log,
         B,
         C,
         D,
@@ -67,6 +70,7 @@ def selective_scan(
         initial_state=initial_state,
         lengths=lengths,
         document_offsets=document_offsets,
+        final_state=final_state,
     )
 
 

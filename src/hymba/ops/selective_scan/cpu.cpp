@@ -22,16 +22,17 @@ constexpr int AT_ONCE = LANES<float> / 2;    // states that share a pass over th
 
 // As native.py fills it. Strides count elements; the last dimension is dense. A null pointer stands for None.
 struct Scan {
-    int64_t rows, steps, width, states, dtype, threads;
+    int64_t rows, steps, width, states, dtype, wide_weights, threads;
     int64_t u_row, dt_row, B_row, C_row, gate_row, grad_y_row, initial_row;
     int64_t u_step, dt_step, B_step, C_step, gate_step, grad_y_step;
     const void *u, *dt, *B, *C, *gate;          // (rows, steps, width or states)
-    const void *A, *D, *dt_bias, *initial;      // wide; initial (rows, width, states)
+    const void *A_log, *D, *dt_bias;            // (width, states), (width), (width): wide if wide_weights, else as u
+    const void* initial;                        // wide: (rows, width, states)
     const int64_t *lengths, *offsets;           // (rows), (rows, steps)
     const void* grad_y;
     void *y, *final, *kept;                     // kept (rows, blocks, states, padded width), wide
     const void* grad_final;
-    void *grad_u, *grad_dt, *grad_B, *grad_C, *grad_gate, *grad_A, *grad_D, *grad_dt_bias, *grad_initial;
+    void *grad_u, *grad_dt, *grad_B, *grad_C, *grad_gate, *grad_A_log, *grad_D, *grad_dt_bias, *grad_initial;
 };
 
 namespace {
@@ -116,8 +117,25 @@ struct Kernel {
         return static_cast<R*>(x.kept) + (row * blocks + block) * N * padded + vector * L;
     }
 
+    // The LANES channels of a weight (width): D or dt_bias.
+    V load_weight(const void* weight, int64_t vector) const {
+        if (x.wide_weights) return load(static_cast<const R*>(weight) + vector * L, lanes(vector));
+        return load(static_cast<const T*>(weight) + vector * L, lanes(vector));
+    }
+    // The rates −exp(A_log) of LANES channels.
     void load_rates(int64_t vector, V* rates) const {
-        load_transposed(static_cast<const R*>(x.A) + vector * L * N, lanes(vector), static_cast<int>(N), rates);
+        const int64_t begin = vector * L * N, count = lanes(vector) * N;
+        if (x.wide_weights) {
+            load_transposed(static_cast<const R*>(x.A_log) + begin, lanes(vector), static_cast<int>(N), rates);
+        } else {
+            const Scratch<R> wide(L * N);
+            for (int64_t i = 0; i < count; ++i) wide[i] = widen(static_cast<const T*>(x.A_log)[begin + i]);
+            load_transposed(static_cast<const R*>(wide), lanes(vector), static_cast<int>(N), rates);
+        }
+        for (int64_t n = 0; n < N; ++n) rates[n] = -exp(rates[n]);
+    }
+    void load_scaled_rates(int64_t vector, V* rates) const {
+        load_rates(vector, rates);
         for (int64_t n = 0; n < N; ++n) rates[n] *= RATE_SCALE<R>;
     }
     void load_initial(int64_t row, int64_t vector, V* state) const {
@@ -159,7 +177,7 @@ struct Kernel {
     void prepare(Block& b, int64_t row, int64_t t, int steps, int64_t vector) const {
         const int count = lanes(vector);
         fetch(x.gate, row, x.gate_row, t, x.gate_step, vector);
-        const V bias = load(static_cast<const R*>(x.dt_bias) + vector * L, count);
+        const V bias = load_weight(x.dt_bias, vector);
         const int64_t valid = length(row) - t;
         for (int i = 0; i < steps; ++i) {
             b.u[i] = load(at(x.u, row, x.u_row, t + i, x.u_step) + vector * L, count);
@@ -258,7 +276,7 @@ struct Kernel {
         Segment segments[BLOCK];
         Block b;
         for (int64_t v = 0; v < count; ++v) {
-            load_rates(first + v, rates + v * N);
+            load_scaled_rates(first + v, rates + v * N);
             load_initial(row, first + v, initial + v * N);
         }
         std::memcpy(state, initial, sizeof(V) * static_cast<size_t>(count * N));
@@ -285,7 +303,7 @@ struct Kernel {
 
     void read_out(const Block& b, int64_t row, int64_t t, int steps, int64_t vector) const {
         const int count = lanes(vector);
-        const V D = load(static_cast<const R*>(x.D) + vector * L, count);
+        const V D = load_weight(x.D, vector);
         T* y = static_cast<T*>(x.y) + (row * x.steps + t) * x.width + vector * L;
         for (int i = 0; i < steps; ++i, y += x.width) {
             V out = b.out[i] + D * b.u[i];
@@ -346,7 +364,7 @@ struct Kernel {
         for (int64_t v = 0; v < count; ++v) {
             const R* from = static_cast<const R*>(x.grad_final) + (row * x.width + (first + v) * L) * N;
             load_transposed(from, lanes(first + v), static_cast<int>(N), w.flow + v * N);
-            load_rates(first + v, w.rates + v * N);
+            load_scaled_rates(first + v, w.rates + v * N);
             load_initial(row, first + v, w.initial + v * N);
         }
         std::memset(w.grad_initial, 0, sizeof(V) * static_cast<size_t>(count * N));
@@ -387,7 +405,7 @@ struct Kernel {
     // Passes grad_y through the gate.
     void prepare_gradients(Block& b, int64_t row, int64_t t, int steps, int64_t vector) const {
         const int count = lanes(vector);
-        const V D = load(static_cast<const R*>(x.D) + vector * L, count);
+        const V D = load_weight(x.D, vector);
         T* grad_gate = static_cast<T*>(x.grad_gate) + (row * x.steps + t) * x.width + vector * L;
         for (int i = 0; i < steps; ++i, grad_gate += x.width) {
             V grad = load(at(x.grad_y, row, x.grad_y_row, t + i, x.grad_y_step) + vector * L, count);
@@ -419,7 +437,7 @@ struct Kernel {
     void finish_gradients(Work& w, int64_t row, int64_t t, int steps, int64_t vector, int64_t v) const {
         const int count = lanes(vector);
         const Block& b = w.block;
-        const V D = load(static_cast<const R*>(x.D) + vector * L, count);
+        const V D = load_weight(x.D, vector);
         const int64_t offset = (row * x.steps + t) * x.width + vector * L;
         T *grad_u = static_cast<T*>(x.grad_u) + offset, *grad_dt = static_cast<T*>(x.grad_dt) + offset;
         for (int i = 0; i < steps; ++i, grad_u += x.width, grad_dt += x.width) {
@@ -454,8 +472,9 @@ struct Kernel {
             for (int64_t n = 0; n < N + 2; ++n)
                 store(sum + n * padded, load(sum + n * padded) + load(sum + (row * (N + 2) + n) * padded));
         const Scratch<V> rates(N);
-        for (int64_t n = 0; n < N; ++n) rates[n] = load(sum + n * padded);
-        store_transposed(static_cast<R*>(x.grad_A) + vector * L * N, lanes(vector), static_cast<int>(N), rates);
+        load_rates(vector, rates);
+        for (int64_t n = 0; n < N; ++n) rates[n] *= load(sum + n * padded);
+        store_transposed(static_cast<R*>(x.grad_A_log) + vector * L * N, lanes(vector), static_cast<int>(N), rates);
         store(static_cast<R*>(x.grad_D) + vector * L, load(sum + N * padded), lanes(vector));
         store(static_cast<R*>(x.grad_dt_bias) + vector * L, load(sum + (N + 1) * padded), lanes(vector));
     }

@@ -29,7 +29,7 @@ _PANEL_BLOCKS = 8
 def selective_scan(
     u: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -39,6 +39,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast path for :func:`hymba.ops.selective_scan.selective_scan`, same signature."""
     valid = restarts = None
@@ -46,10 +47,11 @@ def selective_scan(
         valid = reference.valid_steps(lengths, u.shape[0], u.shape[1], u.device)
     if document_offsets is not None:
         restarts = document_offsets == 0 if valid is None else (document_offsets == 0) & valid
+    A = -torch.exp(A_log.to(torch.promote_types(u.dtype, torch.float32)))
     x = _Inputs(u, dt, A, B, C, D, dt_bias, gate, initial_state, valid, restarts)
-    if u.shape[1] == 1 and not torch.is_grad_enabled():
-        return _single_step(x)
-    return _Scan.apply(torch.is_grad_enabled(), *x)
+    single = u.shape[1] == 1 and not torch.is_grad_enabled()
+    y, final = _single_step(x) if single else _Scan.apply(torch.is_grad_enabled(), *x)
+    return y, final if final_state is None else final_state.copy_(final)
 
 
 class _Inputs(NamedTuple):

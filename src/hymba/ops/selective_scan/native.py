@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ _BLOCK, _PADDING = 16, 64  # steps between kept states, and what their channels 
 def selective_scan(
     u: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -29,6 +30,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """C++ path for :func:`hymba.ops.selective_scan.selective_scan`, same signature.
 
@@ -38,33 +40,16 @@ def selective_scan(
         HymbaError: the shapes do not fit together.
     """
     if native.why_unfit(u):
-        ragged = {"lengths": lengths, "document_offsets": document_offsets}
-        return cpu.selective_scan(u, dt, A, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **ragged)
-    x = _Inputs(u, dt, B, C, gate, A, D, dt_bias, initial_state, lengths, document_offsets).prepared()
-    y, final = _Scan.apply(*x) if torch.is_grad_enabled() else _forward(x)[:2]
-    return y.to(u.dtype), final
-
-
-def update_(
-    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, gate: Tensor
-) -> Tensor:
-    """Scan on from `state` (B, E, N), overwrite it with the final state, and return y: a decode step without a copy.
-
-    The other arguments are those of :func:`selective_scan`. No gradient flows. `state` is contiguous, and float32, or
-    float64 where `u` is float64.
-
-    Raises:
-        HymbaError: the shapes do not fit together, or `state` is not such a tensor.
-    """
-    if not state.is_contiguous() or state.dtype != torch.promote_types(u.dtype, torch.float32):
-        raise HymbaError("a state updated in place is contiguous and float32, or float64 where the input is")
-    with torch.no_grad():
-        if native.why_unfit(u):
-            y, final = cpu.selective_scan(u, dt, A, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=state)
-            state.copy_(final)
-            return y
-        x = _Inputs(u, dt, B, C, gate, A, D, dt_bias, state, None, None).prepared()
-        return _forward(x, final=state)[0].to(u.dtype)
+        rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
+        return cpu.selective_scan(
+            u, dt, A_log, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **rest
+        )
+    x = _Inputs(u, dt, B, C, gate, A_log, D, dt_bias, initial_state, lengths, document_offsets)
+    if torch.is_grad_enabled() and final_state is None:
+        y, final = _Scan.apply(*x.prepared(wide_weights=True))
+        return y.to(u.dtype), final
+    y, final, _ = _forward(x.prepared(), final_state)
+    return y if y.dtype == u.dtype else y.to(u.dtype), final
 
 
 class _Inputs(NamedTuple):
@@ -75,37 +60,42 @@ class _Inputs(NamedTuple):
     B: Tensor
     C: Tensor
     gate: Tensor | None
-    A: Tensor
+    A_log: Tensor
     D: Tensor
     dt_bias: Tensor
     initial: Tensor | None
     lengths: Tensor | None
     offsets: Tensor | None
 
-    def prepared(self) -> _Inputs:
-        """Return the inputs as the kernel reads them: one dtype per step, the rest wide; last dimensions dense."""
+    def prepared(self, wide_weights: bool = False) -> _Inputs:
+        """Return the inputs as the kernel reads them: one dtype per step, last dimensions dense, the state wide, and
+        the weights all wide or all as the steps."""
         self._check_shapes()
-        wide = torch.promote_types(self.u.dtype, torch.float32)
-        mixed = any(x is not None and x.dtype != self.u.dtype for x in self[:5])
-        stepped = [x.to(wide) if mixed and x is not None else x for x in self[:5]]
-        stepped = [x if x is None or x.stride(2) == 1 else x.contiguous() for x in stepped]
-        A, D, bias = (x if x.dtype == wide and x.is_contiguous() else x.to(wide).contiguous() for x in self[5:8])
+        narrow, wide = self.u.dtype, torch.promote_types(self.u.dtype, torch.float32)
+        if any(x is not None and x.dtype != narrow for x in self[:5]):
+            narrow = wide
+        kept = narrow if not wide_weights and all(x.dtype == narrow for x in self[5:8]) else wide
+        stepped = [x if x is None else _dense(x, narrow, x.stride(2) == 1) for x in self[:5]]
+        weights = [_dense(x, kept, x.is_contiguous()) for x in self[5:8]]
         initial = self.initial
-        if initial is not None and initial.dtype != wide:
-            initial = initial.to(wide)
-        if initial is not None and initial.stride()[1:] != (A.shape[1], 1):
-            initial = initial.contiguous()
+        if initial is not None:
+            initial = _dense(initial, wide, initial.stride()[1:] == (initial.shape[2], 1))
         counts = [x if x is None else x.to(torch.int64).contiguous() for x in self[9:]]
-        return _Inputs._make((*stepped, A, D, bias, initial, *counts))
+        return _Inputs._make((*stepped, *weights, initial, *counts))
 
     def _check_shapes(self) -> None:
-        rows, steps, width = self.u.shape
-        states, size = self.A.shape[-1], (rows, steps, width)
-        per_step, per_state = (size, size, *[(rows, steps, states)] * 2, size), (rows, width, states)
-        wanted = (*per_step, (width, states), (width,), (width,), per_state, (rows,), (rows, steps))
-        for name, x, shape in zip(self._fields, self, wanted, strict=True):
+        size, states = self.u.shape, self.A_log.shape[-1]
+        (rows, steps, width), maps = size, (*size[:2], states)
+        wanted = (*(size, size, maps, maps, size), (width, states), (width,), (width,), (rows, width, states))
+        for name, x, shape in zip(self._fields, self, (*wanted, (rows,), (rows, steps)), strict=True):
             if x is not None and (x.shape != shape or not x.is_cpu):
                 raise HymbaError(f"selective_scan: {name} is {tuple(x.shape)} on {x.device}, not {shape} on the CPU")
+
+
+def _dense(x: Tensor, dtype: torch.dtype, is_dense: bool) -> Tensor:
+    """Return `x` in a dtype, contiguous unless it is dense enough already."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if is_dense else x.contiguous()
 
 
 class _Scan(torch.autograd.Function):
@@ -123,50 +113,49 @@ class _Scan(torch.autograd.Function):
         x = _Inputs(*inputs)
         grad_y = grad_y if grad_y.stride(2) == 1 else grad_y.contiguous()
         dense = [None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in x[:9]]
-        grads = dict(zip(x._fields, dense, strict=False))
-        outputs = {f"grad_{name}": grad for name, grad in grads.items()}
-        arguments = _arguments(x, grad_y=grad_y, kept=kept, grad_final=grad_final.contiguous(), **outputs)
-        ctx.library.hymba_selective_scan_backward(ctypes.byref(arguments))
+        outputs = (None, None, kept, grad_final.contiguous(), *dense)
+        ctx.library.hymba_selective_scan_backward(ctypes.byref(_arguments(x, grad_y, outputs)))
         return *dense, None, None
 
 
-def _forward(x: _Inputs, *, final: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(x: _Inputs, final_state: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y, the final state, and the states that enter each block if they are to be kept."""
-    (rows, steps, width), states = x.u.shape, x.A.shape[1]
-    y, kept = x.u.new_empty(x.u.shape), None
-    if final is None:
-        final = x.A.new_empty(rows, width, states)
+    (rows, steps, width), states = x.u.shape, x.A_log.shape[1]
+    wide = torch.promote_types(x.u.dtype, torch.float32)
+    y, final, kept = x.u.new_empty(x.u.shape), final_state, None
+    in_place = final is not None and final.is_contiguous() and final.dtype == wide
+    if final is None or not in_place:
+        final = x.u.new_empty(rows, width, states, dtype=wide)
     if keep:
-        kept = x.A.new_empty(rows, -(-steps // _BLOCK), states, -(-width // _PADDING) * _PADDING)
-    arguments = _arguments(x, y=y, final=final, kept=kept)
+        kept = x.u.new_empty(rows, -(-steps // _BLOCK), states, -(-width // _PADDING) * _PADDING, dtype=wide)
+    arguments = _arguments(x, None, (y, final, kept, *_NO_GRADIENTS))
     native.library().hymba_selective_scan_forward(ctypes.byref(arguments))  # type: ignore[union-attr]
-    return y, final, kept
+    return y, final if final_state is None or in_place else final_state.copy_(final), kept
 
 
 _STEPPED = (*_Inputs._fields[:5], "grad_y")
 _OUTPUTS = ("y", "final", "kept", "grad_final", *(f"grad_{name}" for name in _Inputs._fields[:9]))
+_NO_GRADIENTS = (None,) * (len(_OUTPUTS) - 3)
 
 
 class _Arguments(ctypes.Structure):
     """`struct Scan` of cpu.cpp, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "steps", "width", "states", "dtype", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "steps", "width", "states", "dtype", "wide_weights", "threads")),
         *((f"{name}_row", ctypes.c_int64) for name in (*_STEPPED, "initial")),
         *((f"{name}_step", ctypes.c_int64) for name in _STEPPED),
         *((name, ctypes.c_void_p) for name in (*_Inputs._fields, "grad_y", *_OUTPUTS)),
     )
 
 
-def _arguments(x: _Inputs, grad_y: Tensor | None = None, **outputs: Tensor | None) -> _Arguments:
-    dtype = native.DTYPES.index(x.u.dtype)
-    arguments = _Arguments(*x.u.shape, x.A.shape[1], dtype, torch.get_num_threads())
-    for name, v in (*zip(_STEPPED, (*x[:5], grad_y), strict=True), ("initial", x.initial)):
-        if v is not None:
-            setattr(arguments, f"{name}_row", v.stride(0))
-            if name != "initial":
-                setattr(arguments, f"{name}_step", v.stride(1))
-    for name, v in (*zip(x._fields, x, strict=True), ("grad_y", grad_y), *outputs.items()):
-        if v is not None:
-            setattr(arguments, name, v.data_ptr())
-    return arguments
+def _arguments(x: _Inputs, grad_y: Tensor | None, outputs: Sequence[Tensor | None]) -> _Arguments:
+    dtype, wide_weights = native.DTYPES.index(x.u.dtype), x.D.dtype != x.u.dtype
+    strides = [(0, 0) if v is None else v.stride()[:2] for v in (*x[:5], grad_y)]
+    return _Arguments(
+        *(*x.u.shape, x.A_log.shape[1], dtype, wide_weights, torch.get_num_threads()),
+        *(row for row, _ in strides),
+        0 if x.initial is None else x.initial.stride(0),
+        *(step for _, step in strides),
+        *(None if v is None else v.data_ptr() for v in (*x, grad_y, *outputs)),
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 def selective_scan(
     u: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -20,11 +20,13 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     document_offsets: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference for :func:`hymba.ops.selective_scan.selective_scan`, same signature."""
     (rows, steps, width), dtype = u.shape, u.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    u, dt, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
+    u, dt, A_log, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A_log, B, C, D, dt_bias))
+    A = -torch.exp(A_log)
     valid = valid_steps(lengths, rows, steps, u.device)
     delta = F.softplus(dt + dt_bias) * valid[..., None]
     initial = u.new_zeros(rows, width, A.shape[1]) if initial_state is None else initial_state.to(wide)
@@ -40,7 +42,7 @@ def selective_scan(
     y = torch.stack(outputs, dim=1) + D * u
     if gate is not None:
         y = y * F.silu(gate.to(wide))
-    return y.to(dtype), state
+    return y.to(dtype), state if final_state is None else final_state.copy_(state)
 
 
 def valid_steps(lengths: Tensor | None, rows: int, steps: int, device: torch.device) -> Tensor:
