@@ -1,6 +1,9 @@
 """Checkpoints in the released layout, and what happens to broken ones."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,24 @@ def test_a_failed_save_leaves_the_old_weights(checkpoint, monkeypatch):
 def test_saved_weights_are_as_readable_as_their_config(checkpoint):
     modes = {path.name: path.stat().st_mode & 0o777 for path in checkpoint.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_one_copy(tmp_path):
+    save(micro_model(vocab_size=200_000), tmp_path)
+
+    def mapped() -> int:
+        """Bytes of files in memory that this process has mapped."""
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = mapped()
+    model = load(tmp_path)
+    assert model.embed_tokens.weight.nbytes > 8e6
+    assert mapped() - before < model.embed_tokens.weight.nbytes / 4
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
+def test_more_weights_than_memory_is_one_line(checkpoint, monkeypatch):
+    monkeypatch.setattr("hymba.model.weights._nbytes", lambda *_: 2**60)
+    with pytest.raises(HymbaError, match="GB of memory"):
+        load(checkpoint)
