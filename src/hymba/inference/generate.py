@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.inference.sampling import SamplingParams, sample
+from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba
 from hymba.text import StopCutter, TextStream
 
@@ -65,12 +66,13 @@ def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count:
     generator = params.generator(ids.device)
     for chunk in ids.split(PREFILL_CHUNK):
         hidden = model(chunk[None], cache=cache).hidden
+    logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):
-        next_id = sample(model.logits(hidden[:, -1]), params, generator)
+        next_id = sample(logits, params, generator)
         yield (token := int(next_id))
         if token in stops or step == count - 1:
             return
-        hidden = model(next_id[None], cache=cache).hidden
+        logits = run_step(next_id)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -122,6 +122,7 @@ class Cache:
     ssm_state: Tensor
     lengths: Tensor
     longest: int = 0  # an upper bound of lengths, known without asking the device
+    whole: bool = False  # attend to whole buffers, empty slots and all, so that shapes are the same at every step
 
     @classmethod
     def start(cls, config: HymbaConfig, prefix: Prefix, rows: int, max_length: int) -> Cache:
@@ -220,7 +221,7 @@ class Cache:
 
     def _used(self, ring: int, steps: int) -> int:
         """Return how many slots of a ring can hold a token once `steps` more are written."""
-        return min(ring, self.longest + steps)
+        return ring if self.whole else min(ring, self.longest + steps)
 
     def slots(self, window: int | None, lengths: Tensor | None, steps: int) -> Slots:
         """Return where a call's tokens go in the rings of a window; `lengths` as in `Hymba.forward`."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,13 @@ LEVELS = ("portable", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 _forced: str | None = None  # by use_level
+
+
+class _Listener(threading.local):
+    hear: Callable[[Callable, tuple], None] | None = None  # by listen
+
+
+_listener = _Listener()
 
 
 def library() -> ctypes.CDLL | None:
@@ -43,6 +52,18 @@ def why_unfit(x: Tensor) -> str:
     if x.dtype not in DTYPES or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
         return f"no C++ kernel for {type(x).__name__}s of {x.dtype} on {x.device}"
     return why_not()
+
+
+def call(function: Callable, *arguments: Any) -> None:
+    """Call a kernel. Whoever records calls hears of it; the memory that it points to must be that of tensors."""
+    function(*arguments)
+    if _listener.hear is not None:
+        _listener.hear(function, arguments)
+
+
+def listen(listener: Callable[[Callable, tuple], None] | None) -> None:
+    """Tell `listener` of each kernel's call in this thread from now on, with its arguments; None ends it."""
+    _listener.hear = listener
 
 
 def level() -> str:

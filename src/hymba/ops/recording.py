@@ -1,0 +1,129 @@
+"""Calls written down once and repeated: what a CUDA graph is to a GPU, for the operations of a CPU.
+
+A decode step is a thousand small operations on the same memory, of which Python and the dispatcher take longer than the
+arithmetic of a small model. A :class:`Recording` notes which operations some code runs and which memory they touch, and
+:meth:`Recording.replay` repeats them there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hymba.errors import HymbaError
+from hymba.ops import native
+
+_NEW_MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Recording(TorchDispatchMode):
+    """Writes down every operation inside ``with Recording() as recording:``, C++ kernels included.
+
+    What is computed must depend on tensors alone: a number that Python takes from a counter stays what it was. Inputs
+    are changed by writing into their tensors; outputs are found in the tensors that the recorded code returned.
+
+    Raises:
+        HymbaError: inside the block, at an operation that reads a value into Python or gives a shape by value.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that torch.compile need not be told to keep out, for which torch would import it: over a second."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Callable, tuple, dict]] = []
+        self._kept: list[Any] = []  # tensors whose memory the calls use
+
+    def __enter__(self) -> Recording:
+        native.listen(self._add)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        native.listen(None)
+        super().__exit__(*raised)
+
+    def replay(self) -> None:
+        """Repeat all operations, in order, on the memory that they were recorded with."""
+        for call, arguments, keywords in self._calls:
+            call(*arguments, **keywords)
+
+    def __torch_dispatch__(self, function: OpOverload, types: Any, arguments: tuple = (), keywords: Any = None) -> Any:
+        """Run one of torch's operations, and note how to repeat it."""
+        keywords, kind = keywords or {}, _kind(function)
+        if kind == "unrepeatable" and not (function is torch.ops.aten.index.Tensor and _is_plain(arguments[1])):
+            raise HymbaError(f"{function} cannot be recorded: what follows depends on values")
+        result = function(*arguments, **keywords)
+        self._kept.append((arguments, result))
+        if kind == "in place":
+            self._add(function, arguments, keywords)
+        elif kind in ("new", "unrepeatable") and _has_tensors(arguments):
+            self._add(*_into(result, function, arguments, keywords))
+        return result
+
+    def _add(self, call: Callable, arguments: tuple, keywords: dict | None = None) -> None:
+        self._calls.append((call, arguments, keywords or {}))
+
+
+@functools.cache
+def _kind(function: OpOverload) -> str:
+    """Return what an operation gives: a "new" value, a "view", one "in place", one that is "unrepeatable", or only
+    "memory"."""
+    aliases = [value.alias_info for value in function._schema.returns]
+    if any(tag in function.tags for tag in _UNREPEATABLE):
+        return "unrepeatable"
+    if function.overloadpacket.__name__ in _NEW_MEMORY:
+        return "memory"
+    return "in place" if any(alias and alias.is_write for alias in aliases) else "view" if any(aliases) else "new"
+
+
+def _is_plain(indices: list[Tensor | None]) -> bool:
+    """Return whether an index names places by number; by bool its shape would depend on values."""
+    return all(x is None or x.dtype == torch.int64 for x in indices)
+
+
+def _has_tensors(arguments: tuple) -> bool:
+    """Return whether a tensor decides the value of an operation; without one it is a constant."""
+    flat = (x for argument in arguments for x in (argument if isinstance(argument, list | tuple) else (argument,)))
+    return any(isinstance(x, Tensor) for x in flat)
+
+
+def _into(result: Any, function: OpOverload, arguments: tuple, keywords: dict) -> tuple[Callable, tuple, dict]:
+    """Return a call that computes `function` into the memory of `result`."""
+    if isinstance(result, Tensor) and (variant := _out_variant(function)):
+        call, out, taken = variant
+        return call, arguments, {name: x for name, x in keywords.items() if name in taken} | {out: result}
+
+    def compute_and_copy() -> None:
+        for to, x in zip(_tensors(result), _tensors(function(*arguments, **keywords)), strict=True):
+            to.copy_(x)
+
+    return compute_and_copy, (), {}
+
+
+@functools.cache
+def _out_variant(function: OpOverload) -> tuple[OpOverload, str, frozenset[str]] | None:
+    """Return the variant of an operation that writes into a tensor, that argument's name, and the keywords it takes."""
+    for name in function.overloadpacket.overloads():
+        variant = getattr(function.overloadpacket, name)
+        outs = [a.name for a in variant._schema.arguments if a.is_out]
+        if len(outs) == 1 and _positional(variant) == _positional(function):
+            return variant, outs[0], frozenset(a.name for a in variant._schema.arguments)
+    return None
+
+
+def _positional(function: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in function._schema.arguments if not a.kwarg_only and not a.is_out]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
