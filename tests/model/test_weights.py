@@ -139,11 +139,9 @@ def test_loading_holds_one_copy(tmp_path):
 
     def mapped() -> int:
         """Bytes of files in memory that this process has mapped, as Linux tells."""
-        return (
-            0
-            if sys.platform != "linux"
-            else int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        )
+        if sys.platform != "linux":
+            return 0
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
     before = mapped()
     model = load(tmp_path)

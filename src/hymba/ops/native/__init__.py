@@ -66,6 +66,12 @@ def listen(listener: Callable[[Callable, tuple], None] | None) -> None:
     _listener.hear = listener
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Return `x` (…, width) as (rows, width) with a dense last dimension: a view wherever its strides allow."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def level() -> str:
     """Return the level of instructions in use, such as "avx512", or "" without a library."""
     return _forced or ("" if _chosen()[0] is None else _chosen()[1])

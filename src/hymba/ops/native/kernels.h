@@ -46,6 +46,16 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
         fork_join(work, &job, threads);
 }
 
+// Calls body(first, last) for runs of `rows`, of a length that the sizes alone decide. A run has `grain` values or more,
+// about 10 µs of work, which is what a fork costs: less than two of them stay on the calling thread.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t width, int64_t grain, int threads, const Body& body) {
+    const int64_t run = width < grain ? grain / width : 1;
+    parallel_for((rows + run - 1) / run, threads, [&](int64_t i) {
+        body(i * run, (i + 1) * run < rows ? (i + 1) * run : rows);
+    });
+}
+
 // ---- Vectors -------------------------------------------------------------------------------------------------------
 
 #if defined(HYMBA_AVX512)
@@ -100,6 +110,15 @@ HYMBA_INLINE HalfVec narrow(Vec<float> x) {
     UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     UintVec quiet = (bits >> 16) | 0x40u;
     return __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
+}
+
+// x as it comes back from memory that holds T.
+template <class T, class V>
+HYMBA_INLINE V rounded(V x) {
+    if constexpr (std::is_same_v<T, bf16>)
+        return widen(narrow(x));
+    else
+        return x;
 }
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
