@@ -3,8 +3,9 @@
 from hymba.ops.attention import attention
 from hymba.ops.backend import use_backend
 from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
-from hymba.ops.rms_norm import rms_norm
+from hymba.ops.rms_norm import mean_of_norms, rms_norm
 from hymba.ops.rotary import apply_rotary, rotary_tables
 from hymba.ops.selective_scan import selective_scan
 
@@ -12,7 +13,9 @@ __all__ = [
     "apply_rotary",
     "attention",
     "causal_conv1d",
+    "gated_silu",
     "linear",
+    "mean_of_norms",
     "rms_norm",
     "rotary_tables",
     "selective_scan",

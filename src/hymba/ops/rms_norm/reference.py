@@ -1,27 +1,24 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""The definition of the norms."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hymba.ops.precision import accumulate_dtype
+from hymba.ops.precision import accumulate_dtype, result_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale `x` to a root mean square of one over its last axis, then by `weight`.
+    """Definition of :func:`hymba.ops.rms_norm.rms_norm`, same signature."""
+    return _weighed(x, weight, eps).to(result_dtype(x, weight))
 
-    The released model normalises in float32, casts back to the dtype of `x`, and only then multiplies by the weight;
-    the order matters in bfloat16.
 
-    Args:
-        x: (..., width), any floating dtype.
-        weight: (width,).
-        eps: added to the mean square.
+def mean_of_norms(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, eps: float) -> Tensor:
+    """Definition of :func:`hymba.ops.rms_norm.mean_of_norms`, same signature."""
+    return ((_weighed(x, x_weight, eps) + _weighed(y, y_weight, eps)) / 2).to(result_dtype(x, x_weight))
 
-    Returns:
-        (..., width), in the promoted dtype of `x` and `weight`.
-    """
+
+def _weighed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(accumulate_dtype(x))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
