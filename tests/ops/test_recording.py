@@ -1,5 +1,6 @@
 """A recording repeats what was computed, on what its tensors hold now."""
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -72,14 +73,21 @@ def test_what_depends_on_values_is_refused(read: Callable) -> None:
         assert not causal_conv1d(torch.zeros(1, 2, 4), torch.ones(4, 2), torch.zeros(4))[0].any()  # nobody listens
 
 
-def test_other_threads_are_not_heard() -> None:
+@pytest.mark.parametrize("level", native.available())
+def test_other_threads_are_not_heard(level: str) -> None:
     from threading import Thread
 
-    calls: list[int] = []
-    with Recording() as recording:
-        thread = Thread(target=native.call, args=(calls.append, 1))
-        thread.start()
-        thread.join()
-        native.call(calls.append, 2)
-    recording.replay()
-    assert calls == [1, 2, 2]
+    x, library = torch.ones(100), native.load(level)
+    heard: list[tuple] = []
+
+    def read(threads: int) -> None:
+        library.hymba_read_bandwidth(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(100), threads)
+
+    native.listen(lambda _, arguments: heard.append(arguments))
+    thread = Thread(target=read, args=(2,))
+    thread.start()
+    thread.join()
+    read(1)
+    native.listen(None)
+    read(3)
+    assert [arguments[2] for arguments in heard] == [1]

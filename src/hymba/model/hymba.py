@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba.errors import HymbaError
@@ -20,9 +19,10 @@ from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
 from hymba.ops.attention import attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
 from hymba.ops.precision import accumulate_dtype
-from hymba.ops.rms_norm import rms_norm
+from hymba.ops.rms_norm import mean_of_norms, rms_norm
 from hymba.ops.rotary import apply_rotary
 from hymba.ops.selective_scan import selective_scan
 
@@ -269,7 +269,8 @@ class HybridMixer(nn.Module):
             keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
         attended, weights = self._attend(q, keys, values, call)
         scanned, conv_state, ssm_state = self._scan(u, gate, conv_state, ssm_state, memory.in_place, call)
-        mixed = (self.attention_norm(attended) + self.ssm_norm(scanned)) / 2
+        weights_of_norms = self.attention_norm.weight, self.ssm_norm.weight
+        mixed = mean_of_norms(attended, scanned, *weights_of_norms, self.config.rms_norm_eps)
         return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -359,7 +360,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):

@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:
     strides = (q.stride(0), *k.stride()[:2], *v.stride()[:2], keys.stride(0))
     tensors = (x.data_ptr() for x in (q, k, v, queries, keys, out))
     arguments = _Arguments(*sizes, native.DTYPES.index(q.dtype), torch.get_num_threads(), *strides, *tensors)
-    native.call(native.library().hymba_decode_attention, ctypes.byref(arguments))  # type: ignore[union-attr]
+    native.library().hymba_decode_attention(ctypes.byref(arguments))  # type: ignore[union-attr]
     return out
 
 

@@ -102,7 +102,7 @@ def _forward(x: _Inputs, final_state: Tensor | None = None) -> tuple[Tensor, Ten
     if final is None or not in_place:
         final = x.u.new_empty(rows, width, x.weight.shape[1] - 1)
     arguments = _arguments(x, out, final, *(None,) * 6)
-    native.call(native.library().hymba_causal_conv1d_forward, ctypes.byref(arguments))  # type: ignore[union-attr]
+    native.library().hymba_causal_conv1d_forward(ctypes.byref(arguments))  # type: ignore[union-attr]
     return out, final if final_state is None or in_place else final_state.copy_(final)
 
 

@@ -32,8 +32,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
     x = x.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = x.new_empty((*x.shape[:-1], values.shape[0]))
-    native.call(
-        _functions(native.library())[0],
+    _functions(native.library())[0](
         bits,
         values.data_ptr(),
         None if scales is None else scales.data_ptr(),

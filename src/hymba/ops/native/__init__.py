@@ -32,6 +32,25 @@ class _Listener(threading.local):
     hear: Callable[[Callable, tuple], None] | None = None  # by listen
 
 
+class _Library(ctypes.CDLL):
+    """A library of kernels, each call of which whoever records calls hears of."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+
+        class Kernel(ctypes._CFuncPtr):  # type: ignore[name-defined]
+            _flags_ = self._FuncPtr._flags_
+            _restype_ = ctypes.c_int
+
+            def __call__(self, *arguments: Any) -> Any:
+                result = super().__call__(*arguments)
+                if _listener.hear is not None:
+                    _listener.hear(self, arguments)
+                return result
+
+        self._FuncPtr = Kernel
+
+
 _listener = _Listener()
 
 
@@ -52,13 +71,6 @@ def why_unfit(x: Tensor) -> str:
     if x.dtype not in DTYPES or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
         return f"no C++ kernel for {type(x).__name__}s of {x.dtype} on {x.device}"
     return why_not()
-
-
-def call(function: Callable, *arguments: Any) -> None:
-    """Call a kernel. Whoever records calls hears of it; the memory that it points to must be that of tensors."""
-    function(*arguments)
-    if _listener.hear is not None:
-        _listener.hear(function, arguments)
 
 
 def listen(listener: Callable[[Callable, tuple], None] | None) -> None:
@@ -109,7 +121,7 @@ def load(level: str) -> ctypes.CDLL:
         raise HymbaError(reason)
     from hymba.ops.native.build import library_path
 
-    handle = ctypes.CDLL(str(library_path(level)))
+    handle = _Library(library_path(level))
     handle.hymba_read_bandwidth.restype = ctypes.c_float
     handle.hymba_set_gomp.argtypes = [ctypes.c_void_p]
     handle.hymba_set_gomp(_torch_threads())

@@ -129,7 +129,7 @@ def _forward(x: _Inputs, final_state: Tensor | None = None, keep: bool = False) 
     if keep:
         kept = x.u.new_empty(rows, -(-steps // _BLOCK), states, -(-width // _PADDING) * _PADDING, dtype=wide)
     arguments = _arguments(x, None, (y, final, kept, *_NO_GRADIENTS))
-    native.call(native.library().hymba_selective_scan_forward, ctypes.byref(arguments))  # type: ignore[union-attr]
+    native.library().hymba_selective_scan_forward(ctypes.byref(arguments))  # type: ignore[union-attr]
     return y, final if final_state is None or in_place else final_state.copy_(final), kept
 
 
