@@ -59,12 +59,12 @@ class Hymba(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return self.final_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.embed_tokens.weight.dtype
+        """The dtype of the weights, those aside that are quantised."""
+        return self.final_norm.weight.dtype
 
     def forward(
         self,
@@ -95,7 +95,7 @@ class Hymba(nn.Module):
             raise HymbaError("give either tokens or embeddings")
         if cache is not None and documents is not None:
             raise HymbaError("packed documents and a cache exclude each other: run the documents as rows")
-        x = self.embed_tokens(tokens) if embeddings is None else embeddings
+        x = self.embed_tokens(tokens).to(self.dtype) if embeddings is None else embeddings
         base = self._rope_base(x.shape[1], cache)
         memory = self.prefix(base) if cache is None else cache
         memory.reserve(lengths, x.shape[1])
@@ -141,7 +141,7 @@ class Hymba(nn.Module):
         """Run the meta tokens alone, one row of T = M, and return the state they leave and their own outputs."""
         blank = Prefix.blank(self.config, self.dtype, self.device)
         if self.meta_tokens is None:
-            return blank, HymbaOutput(self.embed_tokens.weight.new_empty(1, 0, self.config.hidden_size))
+            return blank, HymbaOutput(self.final_norm.weight.new_empty(1, 0, self.config.hidden_size))
         x = self.meta_tokens[None]
         base = self._rope_base(0, None) if base is None else base
         call = Call.place(self.config, x, blank, base, output_attentions=output_attentions)
