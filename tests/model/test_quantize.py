@@ -1,15 +1,19 @@
 """Quantised models: what they compute, what they keep, and that their scales are hard to better."""
 
 import copy
+import json
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from micro import micro_model
+from safetensors.torch import load_file, save_file
 
 from hymba.errors import HymbaError
-from hymba.model.quantize import Quantized, Scheme, count_parameters, quantize, round_weight, scheme_of, search_scales
+from hymba.model import Scheme, count_parameters, load, quantize, save, scheme_of
+from hymba.model.quantize import Quantized, round_weight, search_scales
 from hymba.ops.linear import dequantize, round_to_int4
 
 TOKENS = torch.arange(40).reshape(2, 20) % 61
@@ -104,7 +108,7 @@ def test_weights_on_the_grid_come_back_exactly():
 def test_blocks_change_nothing(monkeypatch):
     w = weight(3, 37, 130)
     whole = [round_weight("w", w, bits) for bits in (8, 4)]
-    monkeypatch.setattr("hymba.model.quantize.BLOCK", 300)
+    monkeypatch.setattr(import_module("hymba.model.quantize"), "BLOCK", 300)
     for (before, told), bits in zip(whole, (8, 4), strict=True):
         after, again = round_weight("w", w, bits)
         assert torch.equal(after.values, before.values)
@@ -169,3 +173,122 @@ def test_the_scheme_survives_the_config(bits):
     for change in ({"quant_method": "gptq"}, {"bits": 3}, {"group_size": 32}):
         with pytest.raises(HymbaError, match=r"config key quantization_config is .*only"):
             Scheme.from_released({"quantization_config": Scheme(4).to_released() | change})
+
+
+def resave(directory, change):
+    """Let `change` the stored tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A model in 4 bits, and the plain one that it was made from."""
+    save(micro_model(dtype=torch.bfloat16), tmp_path / "plain")
+    save(quantize(load(tmp_path / "plain"), 4), tmp_path / "four")
+    return tmp_path
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_comes_back_byte_for_byte(tmp_path, bits, tied):
+    model = quantize(micro_model(dtype=torch.bfloat16, tie_word_embeddings=tied), bits)
+    save(model, tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(TOKENS).hidden, model(TOKENS).hidden)
+    save(loaded, tmp_path / "two", max_shard_size="20KB")
+    save(load(tmp_path / "two"), tmp_path / "three")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    stored = sum(x.nbytes for x in load_file(tmp_path / "one" / "model.safetensors").values())
+    assert stored == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+def test_stored_names_follow_the_released_ones(checkpoint):
+    stored = load_file(checkpoint / "four" / "model.safetensors")
+    for name, dtypes in (
+        ("model.embed_tokens", (torch.int8, torch.float32)),
+        ("model.layers.3.moe.experts.0.up_proj", (torch.uint8, torch.bfloat16)),
+        ("model.layers.3.mamba.dt_proj.0", (torch.int8, torch.float32)),
+    ):
+        assert f"{name}.weight" not in stored
+        assert (stored[f"{name}.weight_packed"].dtype, stored[f"{name}.weight_scale"].dtype) == dtypes
+    config = json.loads((checkpoint / "four" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "hymba", "bits": 4, "group_size": 64}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantising_while_loading_is_quantising_what_was_loaded(checkpoint, bits):
+    told, again = [], []
+    wanted = quantize(load(checkpoint / "plain"), bits, told.append)
+    model = load(checkpoint / "plain", bits=bits, report=again.append)
+    assert sorted(told) == sorted(again)
+    assert model.state_dict().keys() == wanted.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name]), name
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_the_dtype_is_that_of_the_rest(checkpoint):
+    assert load(checkpoint / "four").dtype == torch.bfloat16
+    model = load(checkpoint / "four", dtype=torch.float32)
+    assert model(TOKENS).hidden.dtype == torch.float32
+    assert model.layers[0].mixer.in_proj.weight.bits == 4
+
+
+def test_schemes_that_do_not_fit_are_told(checkpoint):
+    assert scheme_of(load(checkpoint / "four", bits=4)) == Scheme(4)
+    with pytest.raises(HymbaError, match="four is quantised to 4 bits already"):
+        load(checkpoint / "four", bits=8)
+    file = checkpoint / "four" / "config.json"
+    config = json.loads(file.read_text())
+    for change, problem in (
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'.*supported"),
+        ({"quantization_config": None}, "a tensor 'model.*weight_packed' that the config has no place for"),
+        ({"quantization_config": {"quant_method": "hymba", "bits": 8}}, r"weight_packed (has shape|is torch\.uint8)"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(HymbaError, match=problem):
+            load(checkpoint / "four")
+    for bits in (8, 4):
+        plain = json.loads((checkpoint / "plain" / "config.json").read_text())
+        (checkpoint / "plain" / "config.json").write_text(
+            json.dumps(plain | {"quantization_config": Scheme(bits).to_released()})
+        )
+        with pytest.raises(HymbaError, match=r"a tensor 'model.*\.weight' that the config has no place for"):
+            load(checkpoint / "plain")
+
+
+SCALE = "model.layers.1.mamba.in_proj.weight_scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.pop(SCALE), f"lacks the tensor '{SCALE}'"),
+        (lambda t: t.update({SCALE: t[SCALE][:, :0].contiguous()}), f"{SCALE} has shape .144, 0., but the config says"),
+        (lambda t: t.update({SCALE: t[SCALE].float()}), f"{SCALE} is torch.float32, but the config's scheme says"),
+        (lambda t: t.update({"model.memory_tokens": torch.zeros(4, 24)}), r"model\.memory_tokens has shape"),
+    ],
+)
+def test_broken_parts_are_told(checkpoint, change, problem):
+    resave(checkpoint / "four", change)
+    with pytest.raises(HymbaError, match=problem):
+        load(checkpoint / "four")
+
+
+def test_a_weight_of_the_wrong_shape_is_told_before_it_is_quantised(checkpoint):
+    resave(checkpoint / "plain", lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(3)}))
+    with pytest.raises(
+        HymbaError, match=r"model\.embed_tokens\.weight has shape \(3,\), but the config says \(61, 24\)"
+    ):
+        load(checkpoint / "plain", bits=4)
+
+
+def test_a_truncated_file_is_told(checkpoint):
+    file = checkpoint / "four" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(HymbaError, match="truncated or corrupt"):
+        load(checkpoint / "four")

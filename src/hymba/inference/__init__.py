@@ -1,6 +1,6 @@
 """From a checkpoint to text: loading, sampling, the plain generation loop, and conversations."""
 
-from hymba.inference.checkpoint import find_model, load_model, parse_device, parse_dtype, write_model
+from hymba.inference.checkpoint import find_model, load_model, parse_device, parse_dtype, parse_format, write_model
 from hymba.inference.conversation import Conversation
 from hymba.inference.generate import Continuation, encode_prompt, generate
 from hymba.inference.sampling import SamplingParams, sample
@@ -15,6 +15,7 @@ __all__ = [
     "load_model",
     "parse_device",
     "parse_dtype",
+    "parse_format",
     "sample",
     "write_model",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ import torch
 
 from hymba.errors import HymbaError
 from hymba.files import replacing
-from hymba.model import Hymba, load, save
-from hymba.model.config import CONFIG_FILE
+from hymba.model import Hymba, Rounding, load, save, scheme_of
+from hymba.model.config import CONFIG_FILE, read_config
+from hymba.model.quantize import CONFIG_KEY
 from hymba.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = {"int8": 8, "int4": 4}  # of quantised weights, and their bits
 # What stands beside the weights and the config, and belongs to the text.
 TEXT_FILES = (
     "added_tokens.json",
@@ -68,15 +71,24 @@ def _download(name: str, patterns: list[str]) -> Path:
         raise HymbaError(f"{problem}: check the name and the connection") from error
 
 
-def load_model(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Hymba, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; arguments as in `find_model`, `parse_dtype` and `parse_device`.
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
+    report: Callable[[Rounding], None] = lambda rounding: None,
+) -> tuple[Hymba, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer; arguments as in `find_model`, `parse_dtype`, `parse_device` and `parse_format`.
+
+    Args:
+        quantize: quantises the weights as they are read; `report` is called after each.
 
     Raises:
         HymbaError: see there, `hymba.model.load` and `hymba.text.load_tokenizer`.
     """
-    wanted, place = parse_dtype(dtype), parse_device(device)
+    wanted, place, bits = parse_dtype(dtype), parse_device(device), parse_format(quantize)
     directory = find_model(name)
-    model = load(directory, wanted, place).requires_grad_(False)
+    model = load(directory, wanted, place, bits, report).requires_grad_(False)
     return model, load_tokenizer(directory)
 
 
@@ -91,6 +103,19 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise HymbaError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def parse_format(name: str | None) -> int | None:
+    """Return the bits of the weight format called `name`; None stays None, which means the stored one.
+
+    Raises:
+        HymbaError: it is not one of ``FORMATS``.
+    """
+    if name is None:
+        return None
+    if name not in FORMATS:
+        raise HymbaError(f"unknown weight format {name!r}: use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def parse_device(name: str) -> torch.device:
@@ -131,9 +156,9 @@ def write_model(model: Hymba, source: Path, target: Path, max_shard_size: str = 
 
 
 def _write_config(model: Hymba, source: Path, target: Path) -> None:
-    """Write the config of `source` as it is, but for the dtype, which has had two names."""
-    config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-    dtype = str(model.dtype).removeprefix("torch.")
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    """Write the config of `source` as it is, but for how the weights are stored. The dtype's key has had two names."""
+    config, scheme = read_config(source), scheme_of(model)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    config |= {CONFIG_KEY: scheme.to_released()} if scheme else {}
     with replacing(target / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -178,16 +178,7 @@ class HymbaConfig:
         Raises:
             HymbaError: there is none, it is not JSON, or it describes something other than a Hymba.
         """
-        path = Path(directory) / CONFIG_FILE
-        if not path.is_file():
-            raise HymbaError(f"no {CONFIG_FILE} in {directory}: point to a directory that holds a Hymba checkpoint")
-        try:
-            released = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise HymbaError(f"cannot read {path}: {error}") from error
-        if not isinstance(released, dict):
-            raise HymbaError(f"cannot read {path}: it holds no JSON object")
-        return cls.from_released(released)
+        return cls.from_released(read_config(directory))
 
     @classmethod
     def from_released(cls, released: Mapping[str, Any]) -> HymbaConfig:
@@ -228,6 +219,24 @@ class HymbaConfig:
             "seq_length": self.max_position_embeddings,
         }
         return dict(sorted(released.items()))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """Return what ``config.json`` in `directory` holds.
+
+    Raises:
+        HymbaError: there is none, or it is no JSON object.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise HymbaError(f"no {CONFIG_FILE} in {directory}: point to a directory that holds a Hymba checkpoint")
+    try:
+        released = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HymbaError(f"cannot read {path}: {error}") from error
+    if not isinstance(released, dict):
+        raise HymbaError(f"cannot read {path}: it holds no JSON object")
+    return released
 
 
 def _or(value: int | None, otherwise: int) -> int:

@@ -19,7 +19,7 @@ from hymba.errors import HymbaError
 from hymba.model.hymba import Hymba, Linear, StepProjection
 from hymba.ops.linear import GROUP, QuantizedWeight, dequantize, round_to_int4, round_to_int8
 
-# The parts of a quantised weight: what follows its name, in a module and in a file.
+# What follows the name of a quantised weight, in a module and in a file: its whole numbers and its scales.
 PARTS = ("_packed", "_scale")
 CONFIG_KEY = "quantization_config"
 # At 8 bits in a 4-bit model too: tables that every token reads, and the small maps that steer the scan.
@@ -98,16 +98,21 @@ def quantize(model: Hymba, bits: int, report: Callable[[Rounding], None] = lambd
     scheme = Scheme(bits)
     if scheme_of(model) is not None:
         raise HymbaError("the model is quantised already: quantise the one that it was made from")
-    for name, module in _quantizable(model):
+    for name, module in quantizable(model):
         weight, rounding = round_weight(f"{name}.weight", module.weight, scheme.bits_of(name))
         _replace(model, name, weight)
         report(rounding)
     return model.requires_grad_(False).eval()
 
 
+def quantizable(model: Hymba) -> list[tuple[str, Any]]:
+    """Return the modules of a plain model whose weights are to be quantised, and their names."""
+    return [(name, module) for name, module in model.named_modules() if type(module) in _QUANTIZED]
+
+
 def hollow(model: Hymba, scheme: Scheme) -> Hymba:
     """Give `model`, on the meta device, the modules of a quantised model, to be filled with what is loaded."""
-    for name, module in _quantizable(model):
+    for name, module in quantizable(model):
         rounded = round_to_int8 if scheme.bits_of(name) == 8 else round_to_int4
         _replace(model, name, rounded(module.weight.detach()))
     return model.requires_grad_(False).eval()
@@ -228,11 +233,6 @@ class QuantizedEmbedding(Quantized, nn.Embedding):  # type: ignore[misc]
 
 
 _QUANTIZED = {Linear: QuantizedLinear, StepProjection: QuantizedStepProjection, nn.Embedding: QuantizedEmbedding}
-
-
-def _quantizable(model: Hymba) -> list[tuple[str, Any]]:
-    """Return the modules whose weights are to be quantised, by name."""
-    return [(name, module) for name, module in model.named_modules() if type(module) in _QUANTIZED]
 
 
 def _replace(model: Hymba, name: str, weight: QuantizedWeight) -> None:

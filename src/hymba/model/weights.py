@@ -7,20 +7,22 @@ import json
 import mmap
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hymba.errors import HymbaError
 from hymba.files import replacing
-from hymba.model.config import CONFIG_FILE, HymbaConfig
+from hymba.model.config import CONFIG_FILE, HymbaConfig, read_config
 from hymba.model.hymba import Hymba
+from hymba.model.quantize import CONFIG_KEY, PARTS, Rounding, Scheme, hollow, quantizable, round_weight, scheme_of
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,55 +56,115 @@ RELEASED_NAMES: dict[str, str] = {
     "layers.{}.mlp.down_proj.weight": "model.layers.{}.moe.experts.0.down_proj.weight",
 }
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_PART = re.compile(rf"(?<=\.weight)({'|'.join(PARTS)})$")
 
 
 def released_name(name: str) -> str:
-    """Return NVIDIA's name of our parameter `name`.
+    """Return NVIDIA's name of our tensor `name`; the parts of a quantised weight keep what follows its name.
 
     Raises:
         KeyError: `name` is not one of ours.
     """
-    layer = _LAYER.search(name)
-    pattern = RELEASED_NAMES[_LAYER.sub("{}", name, count=1)]
-    return pattern.format(layer[0]) if layer else pattern
+    layer, part = _LAYER.search(name), _PART.search(name)
+    pattern = RELEASED_NAMES[_PART.sub("", _LAYER.sub("{}", name, count=1))]
+    return (pattern.format(layer[0]) if layer else pattern) + (part[0] if part else "")
 
 
-def load(directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Hymba:
-    """Load a checkpoint in the released layout.
+def load(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    bits: int | None = None,
+    report: Callable[[Rounding], None] = lambda rounding: None,
+) -> Hymba:
+    """Load a checkpoint in the released layout, or one that was quantised and saved.
 
     Each tensor goes straight into its final dtype and device, so that the peak is one copy of the model.
 
     Args:
         directory: holds ``config.json`` and ``model.safetensors``, or shards and their index.
-        dtype: of all weights; None keeps the stored one.
+        dtype: of all weights that are not quantised; None keeps the stored one.
         device: where the weights go.
+        bits: 8 or 4 quantises each weight as it is read; see `hymba.model.quantize`.
+        report: called after each weight that is quantised.
 
     Raises:
-        HymbaError: a file is missing, truncated or corrupt; a tensor is missing, unknown or of the wrong shape.
+        HymbaError: a file is missing, truncated or corrupt; a tensor is missing, unknown, or of the wrong shape or
+            dtype; the checkpoint is quantised in a way unknown here, or to other `bits`.
     """
-    config = HymbaConfig.from_directory(directory)
+    directory = Path(directory)
+    released = read_config(directory)
     with torch.device("meta"):
-        model = Hymba(config)
-    wanted = {released_name(name): (name, parameter.shape) for name, parameter in model.named_parameters()}
+        model = Hymba(HymbaConfig.from_released(released))
+    scheme, tensors = Scheme.from_released(released), _stored_tensors(directory)
+    if bits is not None and scheme is None:
+        scheme = Scheme(bits)
+        tensors = _quantized(tensors, directory, quantizable(model), scheme, report)
+    elif scheme is not None and bits not in (None, scheme.bits):
+        raise HymbaError(f"{directory} is quantised to {scheme.bits} bits already: quantise what it was made from")
+    if scheme is not None:
+        hollow(model, scheme)
+    arena = _Arena(_nbytes(directory, model, dtype)) if torch.device(device).type == "cpu" else None
+
+    def keep(tensor: Tensor, wanted: Tensor) -> Tensor:
+        kept = dtype or tensor.dtype if isinstance(wanted, nn.Parameter) else wanted.dtype
+        return arena.keep(tensor, kept) if arena else tensor.to(device=device, dtype=kept)
+
+    model.load_state_dict(_match(model, directory, tensors, keep), assign=True)
+    return model.eval()
+
+
+def _match(
+    model: Hymba,
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    keep: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return what `keep` makes of each of the stored `tensors` and the one on the meta device whose place it takes."""
+    wanted = {released_name(name): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     loaded: dict[str, Tensor] = {}
-    arena = _Arena(_nbytes(Path(directory), model, dtype)) if torch.device(device).type == "cpu" else None
-    for name, tensor in _stored_tensors(Path(directory)):
+    for name, tensor in tensors:
         if name not in wanted:
-            if name == "lm_head.weight" and config.tie_word_embeddings:
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:
                 continue
             raise HymbaError(f"{directory} holds a tensor {name!r} that the config has no place for")
-        ours, shape = wanted[name]
-        if tensor.shape != shape:
-            raise HymbaError(f"{directory}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(shape)}")
-        kept = dtype or tensor.dtype
-        loaded[ours] = arena.keep(tensor, kept) if arena else tensor.to(device=device, dtype=kept)
+        ours, place = wanted[name]
+        _check_shape(directory, name, tensor, place)
+        if not isinstance(place, nn.Parameter) and tensor.dtype != place.dtype:
+            raise HymbaError(f"{directory}: {name} is {tensor.dtype}, but the config's scheme says {place.dtype}")
+        loaded[ours] = keep(tensor, place)
     missing = [name for name, (ours, _) in wanted.items() if ours not in loaded]
     if missing:
         raise HymbaError(
             f"{directory} lacks the tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
         )
-    model.load_state_dict(loaded, assign=True)
-    return model.eval()
+    return loaded
+
+
+def _quantized(
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: Path,
+    modules: Iterable[tuple[str, nn.Module]],
+    scheme: Scheme,
+    report: Callable[[Rounding], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored `tensors`, but for each weight of `modules` its quantised parts."""
+    covered = {released_name(f"{name}.weight"): (name, module) for name, module in modules}
+    for name, tensor in tensors:
+        if name in covered:
+            ours, module = covered[name]
+            _check_shape(directory, name, tensor, module.weight)
+            weight, rounding = round_weight(f"{ours}.weight", tensor, scheme.bits_of(ours))
+            report(rounding)
+            yield from ((name + part, x) for part, x in zip(PARTS, (weight.values, weight.scales), strict=True))
+        else:
+            yield name, tensor
+
+
+def _check_shape(directory: Path, name: str, tensor: Tensor, wanted: Any) -> None:
+    if tensor.shape != wanted.shape:
+        shapes = f"{tuple(tensor.shape)}, but the config says {tuple(wanted.shape)}"
+        raise HymbaError(f"{directory}: {name} has shape {shapes}")
 
 
 def save(model: Hymba, directory: str | Path, max_shard_size: str = "5GB") -> None:
@@ -111,8 +173,8 @@ def save(model: Hymba, directory: str | Path, max_shard_size: str = "5GB") -> No
     Raises:
         HymbaError: the directory cannot be written.
     """
-    directory = Path(directory)
-    tensors = {released_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
+    directory, scheme = Path(directory), scheme_of(model)
+    tensors = {released_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -123,9 +185,9 @@ def save(model: Hymba, directory: str | Path, max_shard_size: str = "5GB") -> No
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             with replacing(directory / INDEX_FILE) as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        config = model.config.to_released() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+        config |= {CONFIG_KEY: scheme.to_released()} if scheme else {}
         with replacing(directory / CONFIG_FILE) as temporary:
-            config = model.config.to_released() | {"torch_dtype": dtype}
             temporary.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise HymbaError(f"cannot write the model to {directory}: {error}") from error
@@ -133,12 +195,12 @@ def save(model: Hymba, directory: str | Path, max_shard_size: str = "5GB") -> No
 
 def _nbytes(directory: Path, model: Hymba, dtype: torch.dtype | None) -> int:
     """Return how much memory a model's weights take at most, in a dtype or as they are stored."""
-    parameters = list(model.parameters())
-    if dtype is None:
+    parameters, quantised = list(model.parameters()), list(model.buffers())
+    if dtype is None and not quantised:
         stored = sum(file.stat().st_size for file in _weight_files(directory))
     else:
-        stored = dtype.itemsize * sum(p.numel() for p in parameters)
-    return stored + _ALIGNMENT * len(parameters)
+        stored = (dtype or torch.float64).itemsize * sum(p.numel() for p in parameters)
+    return stored + sum(x.nbytes for x in quantised) + _ALIGNMENT * (len(parameters) + len(quantised))
 
 
 class _Arena:
@@ -160,16 +222,14 @@ class _Arena:
             self._free = memoryview(memory)
 
     def keep(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a copy of a tensor read from a file, and let go of the pages that the reading took."""
+        """Return a copy of a tensor."""
         size = tensor.numel() * dtype.itemsize
         if 0 < size <= len(self._free):
             place = torch.frombuffer(self._free, dtype=dtype, count=tensor.numel()).view(tensor.shape)
             self._free = self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
         else:
             place = torch.empty(tensor.shape, dtype=dtype)
-        place.copy_(tensor)
-        _release(tensor)
-        return place
+        return place.copy_(tensor)
 
 
 def _release(mapped: Tensor) -> None:
@@ -182,12 +242,13 @@ def _release(mapped: Tensor) -> None:
 
 
 def _stored_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every stored tensor, one at a time."""
+    """Yield every stored tensor, one at a time, and let go of the pages that its reading took."""
     for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a dict
-                    yield name, stored.get_tensor(name)
+                    yield name, (tensor := stored.get_tensor(name))
+                    _release(tensor)
         except (SafetensorError, OSError) as error:
             raise HymbaError(f"{file} is truncated or corrupt ({error}): copy or download it again") from error
 
