@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hymba.ops.attention import cpu, native, reference
+from hymba.ops.attention.heads import Heads, QuantizedHeads, round_heads
 from hymba.ops.attention.reference import Mask, attention_weights, visible, weigh_values
 from hymba.ops.backend import choose
 
@@ -19,8 +20,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Heads,
+    v: Heads,
     *,
     query_positions: Tensor,
     key_positions: Tensor,
@@ -39,7 +40,7 @@ def attention(
     Args:
         q: (B, T, H, K) queries, already rotated.
         k: (B, S, G, K) keys, already rotated; H is a multiple of G, and query heads 5g…5g+4 use KV head g when H = 5G.
-        v: (B, S, G, V) values; V may differ from K.
+        v: (B, S, G, V) values; V may differ from K. Keys and values are tensors in the dtype of `q`, or both quantised.
         query_positions: (B, T) int64.
         key_positions: (B, S) int64.
         window: W, or None in a global layer. The token exactly W back is visible.
@@ -62,4 +63,14 @@ def attention(
     )
 
 
-__all__ = ["IMPLEMENTATIONS", "Mask", "attention", "attention_weights", "visible", "weigh_values"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Heads",
+    "Mask",
+    "QuantizedHeads",
+    "attention",
+    "attention_weights",
+    "round_heads",
+    "visible",
+    "weigh_values",
+]

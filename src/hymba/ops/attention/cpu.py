@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import visible
 
 # Queries taken together: many enough to keep the matrix units busy; in a sliding layer few enough that most of the
@@ -16,8 +17,8 @@ SMALLEST_BLOCK = 128
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Heads,
+    v: Heads,
     *,
     query_positions: Tensor,
     key_positions: Tensor,
@@ -41,13 +42,20 @@ def attention(
             query_documents=None if query_documents is None else query_documents[:, block],
             key_documents=None if key_documents is None else _take(key_documents, keys),
         )
-        outputs.append(_fused(q[:, block], _take(k, keys), _take(v, keys), seen))
+        outputs.append(_fused(q[:, block], _take_heads(k, keys, q.dtype), _take_heads(v, keys, q.dtype), seen))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _take(x: Tensor, keys: Tensor | None) -> Tensor:
     """Return the keys of (B, S, …) named by an index, or all of them."""
     return x if keys is None else x.index_select(1, keys)
+
+
+def _take_heads(x: Heads, keys: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the keys or values named by an index, dequantised to `dtype` if they are quantised."""
+    if isinstance(x, QuantizedHeads):
+        return QuantizedHeads(_take(x.values, keys), _take(x.scales, keys)).dequantize(dtype)
+    return _take(x, keys)
 
 
 def _needed_keys(query_positions: Tensor, key_positions: Tensor, window: int | None, num_meta: int) -> Tensor | None:

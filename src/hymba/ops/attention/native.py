@@ -10,14 +10,20 @@ from torch import Tensor
 
 from hymba.ops import native
 from hymba.ops.attention import cpu
+from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
 
 _NO_WINDOW = torch.iinfo(torch.int64).max
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:
+def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
     """C++ path for :func:`hymba.ops.attention.attention`, same signature."""
-    if mask.get("query_documents") is not None or _unfit(q, k, v):
+    if (
+        isinstance(k, QuantizedHeads)
+        or isinstance(v, QuantizedHeads)
+        or mask.get("query_documents") is not None
+        or _unfit(q, k, v)
+    ):
         return cpu.attention(q, k, v, **mask)
     query_positions, key_positions, window = mask["query_positions"], mask["key_positions"], mask["window"]
     q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))

@@ -7,6 +7,7 @@ from typing import Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from hymba.ops.attention.heads import Heads, widen
 from hymba.ops.precision import accumulate_dtype
 
 
@@ -40,24 +41,24 @@ def visible(
     return seen
 
 
-def attention_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+def attention_weights(q: Tensor, k: Heads, seen: Tensor) -> Tensor:
     """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero."""
     wide = accumulate_dtype(q)
-    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).to(wide)
+    keys = widen(k, wide).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("bthk,bshk->bhts", q.to(wide) * q.shape[-1] ** -0.5, keys)
     scores = scores.masked_fill(~seen[:, None], torch.finfo(wide).min)
     return scores.softmax(dim=-1) * seen[:, None]
 
 
-def weigh_values(weights: Tensor, v: Tensor) -> Tensor:
+def weigh_values(weights: Tensor, v: Heads) -> Tensor:
     """Return the sums (B, T, H, V) of the values (B, S, G, V) under attention matrices (B, H, T, S)."""
-    values = v.repeat_interleave(weights.shape[1] // v.shape[2], dim=2).to(weights.dtype)
-    with torch.autocast(v.device.type, enabled=False):
+    values = widen(v, weights.dtype).repeat_interleave(weights.shape[1] // v.shape[2], dim=2)
+    with torch.autocast(weights.device.type, enabled=False):
         return torch.einsum("bhts,bshv->bthv", weights, values)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **mask: Unpack[Mask]) -> Tensor:
+def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
     """Reference for :func:`hymba.ops.attention.attention`, same signature."""
     weights = attention_weights(q, k, visible(**mask))
     return weigh_values(weights, v).to(q.dtype)
