@@ -6,6 +6,8 @@ from micro import micro_model
 
 from hymba.errors import HymbaError
 from hymba.model import Cache, HymbaConfig, cache_nbytes, paper_cache_nbytes
+from hymba.model import cache as cache_module
+from hymba.ops.attention import QuantizedHeads, round_heads
 
 
 def test_sliding_layers_stop_growing(model):
@@ -97,3 +99,87 @@ def test_gradients_flow_within_a_call_and_stop_at_the_cache():
     cached(tokens[:, :3], cache=cache).hidden.sum().backward()
     assert cached.meta_tokens.grad is None
     assert cached.layers[0].mixer.in_proj.weight.grad.any()
+
+
+def rounding_by_hand(monkeypatch):
+    """A cache in the model's dtype that holds, and attends to, what 8 bits would hold."""
+    monkeypatch.setattr(cache_module, "_like", lambda stored, own: round_heads(own).dequantize(own.dtype))
+    start = Cache.start.__func__
+
+    def rounded_start(cls, config, prefix, rows, max_length, bits=None):
+        cache = start(cls, config, prefix, rows, max_length)
+        for held in (cache.keys, cache.values):
+            held.update({i: round_heads(x).dequantize(x.dtype) for i, x in held.items()})
+        return cache
+
+    monkeypatch.setattr(Cache, "start", classmethod(rounded_start))
+
+
+@torch.no_grad()
+def run(model, tokens, cuts, lengths=None, **cache_options):
+    cache, outputs = model.allocate_cache(tokens.shape[0], tokens.shape[1], **cache_options), []
+    for chunk in tokens.split(cuts, dim=1):
+        outputs.append(model(chunk, cache=cache).hidden)
+    return torch.cat(outputs, dim=1), cache
+
+
+CUTS = [[30], [1] * 30, [7, 1, 1, 9, 1, 11]]
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=["whole", "single", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_equal_the_computation_with_what_they_stand_for(monkeypatch, cuts, dtype):
+    model, tokens = micro_model(dtype=dtype).requires_grad_(False), torch.arange(60).view(2, 30)
+    hidden, cache = run(model, tokens, cuts, bits=8)
+    assert {type(x) for x in (*cache.keys.values(), *cache.values.values())} == {QuantizedHeads}
+    rounding_by_hand(monkeypatch)
+    wanted, _ = run(model, tokens, cuts)
+    tolerance = (0.02 if dtype == torch.bfloat16 else 1e-4) * float(wanted.abs().max())
+    torch.testing.assert_close(hidden, wanted, atol=tolerance, rtol=0)
+
+
+def test_8_bits_cut_anywhere_are_the_same(model):
+    tokens = torch.arange(60).view(2, 30)
+    whole, first = run(model, tokens, CUTS[0], bits=8)
+    for cuts in CUTS[1:]:
+        hidden, cache = run(model, tokens, cuts, bits=8)
+        torch.testing.assert_close(hidden, whole, atol=2e-2 * float(whole.abs().max()), rtol=0)
+        assert float((hidden - whole).abs().mean()) < 1e-3 * float(whole.abs().mean())
+        assert cache.nbytes() == first.nbytes()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_8_bits_hold_half(model, rows):
+    cache = model.allocate_cache(rows, 50, bits=8)
+    assert cache.nbytes() == rows * cache_nbytes(model.config, 50, element_size=4, bits=8)
+    config = HymbaConfig.named("1.5b")
+    states = cache_nbytes(config, 1) - cache_nbytes(config, 0)  # one slot of the three global layers
+    assert cache_nbytes(config, 1, bits=8) - cache_nbytes(config, 0, bits=8) < 0.52 * states
+
+
+def test_8_bits_are_selected_grown_and_padded(model):
+    tokens = torch.arange(40).view(2, 20)
+    whole, _ = run(model, tokens, [20], bits=8)
+    with torch.no_grad():
+        cache = model.allocate_cache(2, 12, bits=8)
+        ragged = torch.tensor([12, 5])
+        model(tokens[:, :12], cache=cache, lengths=ragged)
+        assert torch.equal(cache.keys[0].scales[1, 3 + 5 :], torch.zeros(7, 1, dtype=torch.bfloat16))
+        fork = cache.select(torch.tensor([1, 0, 0]))
+        fork.grow(20)
+        hidden = model(tokens[[1, 0, 0], 12:], cache=fork).hidden
+        assert cache.lengths.tolist() == [12, 5]
+    for row in (1, 2):
+        torch.testing.assert_close(hidden[row], whole[0, 12:], atol=2e-2 * float(whole.abs().max()), rtol=0)
+
+
+def test_8_bits_refuse_what_they_cannot_do(model):
+    with pytest.raises(HymbaError, match="in 8 bits, not in 4"):
+        model.allocate_cache(1, 4, bits=4)
+    trained = micro_model()
+    with pytest.raises(HymbaError, match="carries no gradients"):
+        trained(torch.tensor([[1]]), cache=trained.allocate_cache(1, 4, bits=8))
+    tokens, cache = torch.tensor([[1, 2, 3, 4, 5, 6, 7]]), model.allocate_cache(1, 9, bits=8)
+    frozen = model(tokens, cache=cache, output_attentions=True)  # with gradients switched on, none asked for
+    assert frozen.hidden.isfinite().all()
+    assert frozen.attentions[0].shape == (1, 3, 7, 3 + 7)

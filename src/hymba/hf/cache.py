@@ -129,7 +129,7 @@ class HymbaCacheLayer(CacheLayerMixin):
         """Refuse foreign keys and values."""
         raise HymbaError("a Hymba cache is filled by Hymba's forward pass only")
 
-    def _text(self, core: CoreCache, buffers: dict[int, Tensor]) -> Tensor:
+    def _text(self, core: CoreCache, buffers: dict[int, Any]) -> Tensor:
         owner, meta = core.config.owners[self.index], core.config.num_meta_tokens
         buffer, no_queries = buffers[owner], core.lengths.new_zeros(core.rows, 0)
         positions = core.key_positions(core.config.window(owner), no_queries)

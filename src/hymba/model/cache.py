@@ -7,16 +7,17 @@ Both answer `states`, `stored`, `slots`, `extend`, `key_positions`, `next_positi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.model.config import HymbaConfig
+from hymba.ops.attention import Heads, QuantizedHeads, round_heads
 
 
 class Slots(NamedTuple):
@@ -81,7 +82,7 @@ class Prefix:
         """Return nothing: a prefix never changes."""
 
     def extend(
-        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, slots: Slots | None
+        self, window: int | None, stored: tuple[Any, Any], k: Tensor, v: Tensor, slots: Slots | None
     ) -> tuple[Tensor, Tensor]:
         """Return `stored` followed by this call's `k` and `v`. (B, M + T, G, K or V)"""
         del window, slots  # nothing is overwritten, and padding keys carry position −1
@@ -107,17 +108,19 @@ class Cache:
     `max_length` slots; text token p lies in slot M + p mod ring. Keys are stored rotated. A recurrent state cannot be
     cropped: to be able to roll back, keep a copy of the row (:meth:`select`).
 
-    keys, values: per owning layer, (B, M + ring, G, K) and (B, M + ring, G, V).
+    keys, values: per owning layer, (B, M + ring, G, K) and (B, M + ring, G, V), in the model's dtype or quantised.
     conv_state: (L, B, E, d_conv − 1). ssm_state: (L, B, E, N), at least float32.
     lengths: (B,) int64, the user's tokens held.
 
-    Gradients flow within a call, the first one's through `prefix` too, and stop at the cache after it.
+    Gradients flow within a call, the first one's through `prefix` too, and stop at the cache after it. Quantised keys
+    and values carry none; they are rounded before they are attended to, so that however a text is cut into calls, the
+    same is read.
     """
 
     config: HymbaConfig
     max_length: int
-    keys: dict[int, Tensor]
-    values: dict[int, Tensor]
+    keys: dict[int, Heads]
+    values: dict[int, Heads]
     conv_state: Tensor
     ssm_state: Tensor
     lengths: Tensor
@@ -125,22 +128,24 @@ class Cache:
     whole: bool = False  # attend to whole buffers, empty slots and all, so that shapes are the same at every step
 
     @classmethod
-    def start(cls, config: HymbaConfig, prefix: Prefix, rows: int, max_length: int) -> Cache:
+    def start(cls, config: HymbaConfig, prefix: Prefix, rows: int, max_length: int, bits: int | None = None) -> Cache:
         """Allocate `rows` rows for `max_length` text tokens each, and copy the meta tokens' state into them.
 
-        If `prefix` carries gradients, those of the first call flow through it.
+        If `prefix` carries gradients, those of the first call flow through it. `bits` is 8 to quantise keys and values.
 
         Raises:
-            HymbaError: `rows` or `max_length` is not positive.
+            HymbaError: `rows` or `max_length` is not positive, or `bits` is neither 8 nor None.
         """
         if rows < 1 or max_length < 1:
             raise HymbaError(f"a cache needs at least one row and one token, not {rows} and {max_length}")
-        buffers: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        if bits not in (None, 8):
+            raise HymbaError(f"keys and values are kept in the model's dtype or in 8 bits, not in {bits}")
+        buffers: tuple[dict[int, Heads], dict[int, Heads]] = ({}, {})
         for owner in sorted(set(config.owners)):
             slots = _ring(config, owner, max_length)
             for buffer, meta in zip(buffers, prefix.stored(owner), strict=True):
-                buffer[owner] = meta.new_zeros(rows, meta.shape[1] + slots, *meta.shape[2:])
-                buffer[owner][:, : meta.shape[1]] = meta
+                held = meta if bits is None else round_heads(meta.detach())
+                buffer[owner] = _each(partial(_with_room, rows=rows, slots=slots), held)
         conv_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.conv_state])
         ssm_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.ssm_state])
         lengths = torch.zeros(rows, dtype=torch.int64, device=conv_state.device)
@@ -167,7 +172,7 @@ class Cache:
         states = self.conv_state[layer], self.ssm_state[layer]
         return states if self.in_place else (states[0].clone(), states[1].clone())
 
-    def stored(self, owner: int) -> tuple[Tensor, Tensor]:
+    def stored(self, owner: int) -> tuple[Heads, Heads]:
         """Return the owner's buffers."""
         return self.keys[owner], self.values[owner]
 
@@ -200,8 +205,8 @@ class Cache:
         return torch.cat((metas, positions) if written else (metas, positions, query_positions), dim=1)
 
     def extend(
-        self, window: int | None, stored: tuple[Tensor, Tensor], k: Tensor, v: Tensor, slots: Slots | None
-    ) -> tuple[Tensor, Tensor]:
+        self, window: int | None, stored: tuple[Heads, Heads], k: Tensor, v: Tensor, slots: Slots | None
+    ) -> tuple[Heads, Heads]:
         """Write this call's `k` and `v` into the buffers `stored`; return the keys and values to attend to.
 
         A chunk in a sliding layer still needs keys that it is about to overwrite, so it attends to the stored keys and
@@ -212,11 +217,14 @@ class Cache:
         ring = stored[0].shape[1] - meta
         written = _writes_first(window, steps)
         end = meta + self._used(ring, steps if written else 0)
+        own = _like(stored[0], k), _like(stored[1], v)
         if written:
-            _write_ring(stored, (k, v), slots)
-            return stored[0][:, :end], stored[1][:, :end]
-        keys, values = (torch.cat((s[:, :end], x), dim=1) for s, x in zip(stored, (k, v), strict=True))
-        _write_ring(stored, (k, v), slots)
+            _write_ring(stored, own, slots)
+            keys, values = (_each(lambda s: s[:, :end], held) for held in stored)
+        else:
+            pairs = zip(stored, own, strict=True)
+            keys, values = (_each(lambda s, x: torch.cat((s[:, :end], x), dim=1), *pair) for pair in pairs)
+            _write_ring(stored, own, slots)
         return keys, values
 
     def _used(self, ring: int, steps: int) -> int:
@@ -255,12 +263,14 @@ class Cache:
 
     def _detach(self) -> None:
         for held in (self.keys, self.values):
-            held.update({owner: x.detach() for owner, x in held.items()})
+            held.update({owner: _each(Tensor.detach, x) for owner, x in held.items()})
         self.conv_state, self.ssm_state = self.conv_state.detach(), self.ssm_state.detach()
 
     def select(self, rows: Tensor) -> Cache:
         """Return a copy that holds the rows named by the index `rows` (repeats allowed): beams, forks, snapshots."""
-        keys, values = ({i: x[rows] for i, x in held.items()} for held in (self.keys, self.values))
+        keys, values = (
+            {i: _each(lambda x: x[rows], heads) for i, heads in held.items()} for held in (self.keys, self.values)
+        )
         states = self.conv_state[:, rows], self.ssm_state[:, rows]
         return replace(
             self,
@@ -279,23 +289,55 @@ class Cache:
         for held in (self.keys, self.values):
             for owner in held:
                 if self.config.window(owner) is None:
-                    held[owner] = F.pad(held[owner], (0, 0, 0, 0, 0, extra))
+                    held[owner] = _each(partial(_with_room, rows=self.rows, slots=extra), held[owner])
         self.max_length = max_length
 
     def nbytes(self) -> int:
         """Return the bytes of every tensor held."""
-        held = (*self.keys.values(), *self.values.values(), self.conv_state, self.ssm_state, self.lengths)
-        return sum(x.numel() * x.element_size() for x in held)
+        parts = [part for held in (self.keys, self.values) for heads in held.values() for part in _parts(heads)]
+        return sum(x.nbytes for x in (*parts, self.conv_state, self.ssm_state, self.lengths))
 
 
-def _write_ring(buffers: Sequence[Tensor], own: Sequence[Tensor], slots: Slots) -> None:
-    for buffer, new in zip(buffers, own, strict=True):
-        new = new.detach().to(buffer.dtype)
-        if slots.tokens is not None:
-            new = new[slots.rows, slots.tokens]
-        if slots.real is not None:  # padding puts back what its slot holds
-            new = torch.where(slots.real[:, :, None, None], new, buffer[slots.rows, slots.slots])
-        buffer[slots.rows, slots.slots] = new
+def _parts(heads: Heads) -> tuple[Tensor, ...]:
+    """Return the tensors (B, S, …) that keys or values consist of."""
+    return (heads.values, heads.scales) if isinstance(heads, QuantizedHeads) else (heads,)
+
+
+def _each(function: Callable[..., Tensor], *heads: Heads) -> Heads:
+    """Return what a function of tensors (B, S, …) makes of keys or values, of each of their parts if quantised."""
+    made = [function(*parts) for parts in zip(*map(_parts, heads), strict=True)]
+    return made[0] if len(made) == 1 else QuantizedHeads(*made)
+
+
+def _with_room(x: Tensor, rows: int, slots: int) -> Tensor:
+    """Return (B or 1, S, …) in a new tensor (rows, S + slots, …)."""
+    buffer = x.new_zeros(rows, x.shape[1] + slots, *x.shape[2:])
+    buffer[:, : x.shape[1]] = x
+    return buffer
+
+
+def _like(stored: Heads, own: Tensor) -> Heads:
+    """Return a call's own keys or values in the format of those stored."""
+    if not isinstance(stored, QuantizedHeads):
+        return own
+    if own.requires_grad:
+        raise HymbaError("a cache in 8 bits carries no gradients: run the model under torch.no_grad()")
+    return round_heads(own)
+
+
+def _write_ring(stored: Sequence[Heads], own: Sequence[Heads], slots: Slots) -> None:
+    for buffer, new in zip(map(_parts, stored), map(_parts, own), strict=True):
+        for part, new_part in zip(buffer, new, strict=True):
+            _write_slots(part, new_part.detach().to(part.dtype), slots)
+
+
+def _write_slots(buffer: Tensor, new: Tensor, slots: Slots) -> None:
+    if slots.tokens is not None:
+        new = new[slots.rows, slots.tokens]
+    if slots.real is not None:  # padding puts back what its slot holds
+        real = slots.real.view(*slots.real.shape, *[1] * (new.ndim - 2))
+        new = torch.where(real, new, buffer[slots.rows, slots.slots])
+    buffer[slots.rows, slots.slots] = new
 
 
 def _writes_first(window: int | None, steps: int) -> bool:
@@ -312,10 +354,11 @@ def _ring(config: HymbaConfig, layer: int, max_length: int) -> int:
     return max_length if window is None else window + 1
 
 
-def cache_nbytes(config: HymbaConfig, tokens: int, element_size: int = 2) -> int:
-    """Return the bytes that one row of a :class:`Cache` for `tokens` text tokens really holds."""
+def cache_nbytes(config: HymbaConfig, tokens: int, element_size: int = 2, bits: int | None = None) -> int:
+    """Return the bytes that one row of a :class:`Cache` for `tokens` text tokens really holds; `bits` as there."""
     c = config
-    per_slot = c.num_key_value_heads * (c.head_dim + c.v_head_dim) * element_size
+    width = c.head_dim + c.v_head_dim
+    per_slot = c.num_key_value_heads * (width * element_size if bits is None else width + 2 * 2)  # 2 scales of 2 bytes
     slots = sum(c.num_meta_tokens + _ring(c, owner, tokens) for owner in set(c.owners))
     states = c.num_hidden_layers * c.d_inner * ((c.d_conv - 1) * element_size + c.d_state * 4)
     return slots * per_slot + states + 8

@@ -8,7 +8,7 @@ starts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hymba.errors import HymbaError
 from hymba.model.cache import Cache, Prefix
 from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
-from hymba.ops.attention import attention, attention_weights, visible, weigh_values
+from hymba.ops.attention import Heads, attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
 from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
@@ -119,10 +119,13 @@ class Hymba(nn.Module):
         scores = linear(hidden, head.weight)
         return scores.to(accumulate_dtype(scores))
 
-    def allocate_cache(self, rows: int, max_length: int) -> Cache:
-        """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state."""
+    def allocate_cache(self, rows: int, max_length: int, bits: int | None = None) -> Cache:
+        """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state.
+
+        `bits`: of its keys and values, 8 or those of the model's dtype.
+        """
         with torch.no_grad():
-            return Cache.start(self.config, self.prefix(), rows, max_length)
+            return Cache.start(self.config, self.prefix(), rows, max_length, bits)
 
     def prefix(self, base: float | None = None) -> Prefix:
         """Return the meta tokens' state for a rotary base; without gradients it is computed once per weights."""
@@ -152,8 +155,8 @@ class Hymba(nn.Module):
         self, x: Tensor, memory: Cache | Prefix, call: Call, output_hidden_states: bool
     ) -> tuple[HymbaOutput, Prefix]:
         """Run all layers; return the outputs and the state they leave."""
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
+        keys: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         conv_states, ssm_states, hidden_states, attentions = [], [], [], []
         for i, (layer, owner) in enumerate(zip(self.layers, self.config.owners, strict=True)):
             if output_hidden_states:
@@ -188,8 +191,8 @@ class LayerOutput(NamedTuple):
     attention matrices when they were asked for."""
 
     x: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Heads
+    values: Heads
     conv_state: Tensor
     ssm_state: Tensor
     attention: Tensor | None
@@ -208,8 +211,8 @@ class HymbaLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Heads,
+        values: Heads,
         conv_state: Tensor,
         ssm_state: Tensor,
         memory: Cache | Prefix,
@@ -254,8 +257,8 @@ class HybridMixer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Heads,
+        values: Heads,
         conv_state: Tensor,
         ssm_state: Tensor,
         memory: Cache | Prefix,
@@ -273,7 +276,7 @@ class HybridMixer(nn.Module):
         mixed = mean_of_norms(attended, scanned, *weights_of_norms, self.config.rms_norm_eps)
         return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, q: Tensor, keys: Heads, values: Heads, call: Call) -> tuple[Tensor, Tensor | None]:
         """Return the attention branch (B, T, E), and its matrices (B, H, T, S) when they are asked for."""
         q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
         mask = call.mask(self.window, self.config.num_meta_tokens)
