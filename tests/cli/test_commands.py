@@ -40,7 +40,7 @@ def fail(*arguments: object) -> str:
 def test_help_names_every_command_and_is_light() -> None:
     program = f"import sys; sys.argv[1:] = ['--help']\ntry:\n  {PROGRAM}\nfinally:\n  assert 'torch' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    for command in ("generate", "chat", "perplexity", "info", "pretrain", "init", "convert"):
+    for command in ("generate", "chat", "perplexity", "info", "pretrain", "init", "convert", "quantize"):
         assert f" {command} " in finished.stdout
 
 

@@ -17,6 +17,7 @@ from hymba.cli.info import info
 from hymba.cli.init import init
 from hymba.cli.perplexity import perplexity
 from hymba.cli.pretrain import pretrain
+from hymba.cli.quantize import quantize
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, perplexity, info, pretrain, init, convert):
+for command in (generate, chat, perplexity, info, pretrain, init, convert, quantize):
     app.command()(command)
 
 

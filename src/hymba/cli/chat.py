@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hymba.cli.loading import load_model
 from hymba.cli.options import (
     TEMPERATURE,
     TOP_P,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
+    QuantizeOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
@@ -41,26 +44,29 @@ def chat(
     seed: SeedOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
+    quantize: QuantizeOption = None,
+    cache: CacheOption = None,
 ) -> None:
     """Talk with a model that was taught to converse.
 
     Its memory is kept from turn to turn, so that each runs only what is new. Ctrl-C stops an answer, /reset
     starts anew, /exit or Ctrl-D leaves.
     """
-    from hymba.inference import Conversation, SamplingParams, load_model
+    from hymba.inference import Conversation, SamplingParams, parse_cache
     from hymba.text import STOP_STRINGS
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop=STOP_STRINGS)
-    loaded, tokenizer = load_model(model, dtype, device)
+    bits = parse_cache(cache)
+    loaded, tokenizer = load_model(model, dtype, device, quantize)
     spare_threads(loaded)
-    conversation = Conversation(loaded, tokenizer, params, system)
+    conversation = Conversation(loaded, tokenizer, params, system, bits)
     for line in (HINT, *([NOT_TAUGHT] if model == "tiny" else [])):
         typer.secho(line, dim=True, err=True)
     for question in _read_questions():
         if question == "/exit":
             return
         if question == "/reset":
-            conversation = Conversation(loaded, tokenizer, params, system)
+            conversation = Conversation(loaded, tokenizer, params, system, bits)
             typer.secho("a new conversation", dim=True, err=True)
         else:
             _answer(conversation, question)

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hymba.cli.loading import load_model
 from hymba.cli.options import (
     TEMPERATURE,
     TOP_P,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    QuantizeOption,
     SeedOption,
     TemperatureOption,
     TopKOption,
@@ -45,6 +48,8 @@ def generate(
     seed: SeedOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
+    quantize: QuantizeOption = None,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, streaming it as it is made.
@@ -52,13 +57,13 @@ def generate(
     In a terminal the prompt is repeated, dimmed; in a pipe or a file stands the continuation alone.
     """
     text = _read_prompt() if prompt is None else prompt
-    from hymba.inference import Continuation, SamplingParams, encode_prompt, load_model
+    from hymba.inference import Continuation, SamplingParams, encode_prompt, parse_cache
 
-    params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
-    loaded, tokenizer = load_model(model, dtype, device)
+    params, bits = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed), parse_cache(cache)
+    loaded, tokenizer = load_model(model, dtype, device, quantize)
     spare_threads(loaded)
     ids = encode_prompt(tokenizer, text)
-    continuation = Continuation(loaded, tokenizer, ids, params, max_prompt_tokens=max_prompt_tokens)
+    continuation = Continuation(loaded, tokenizer, ids, params, None, max_prompt_tokens, bits)
     if as_json:
         told = {"model": model, "prompt": text, "prompt_tokens": len(ids)} | _measure(continuation)
         typer.echo(json.dumps(told, ensure_ascii=False, indent=2))

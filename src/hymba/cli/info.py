@@ -51,13 +51,19 @@ def _describe_weights(directory: Path, config: HymbaConfig) -> dict[str, Any]:
     """Count the tensors that the config asks for, and the bytes on disk."""
     import torch
 
-    from hymba.model import Hymba
+    from hymba.model import Hymba, Scheme, count_parameters
+    from hymba.model.config import read_config
+    from hymba.model.quantize import hollow
 
+    scheme = Scheme.from_released(read_config(directory))
     with torch.device("meta"):
-        tensors = [p.numel() for p in Hymba(config).parameters()]
+        model = Hymba(config)
+    if scheme is not None:
+        hollow(model, scheme)
     files = list(directory.glob("*.safetensors"))
     held = {"weight_files": len(files), "weight_bytes": sum(file.stat().st_size for file in files)}
-    return {"parameters": sum(tensors), "tensors": len(tensors), **held}
+    size = {"parameters": count_parameters(model), "tensors": len(model.state_dict())}
+    return size | {"quantized_bits": scheme.bits if scheme else None} | held
 
 
 def _describe_shape(c: HymbaConfig) -> dict[str, Any]:
@@ -84,7 +90,12 @@ def _describe_cache(config: HymbaConfig) -> list[dict[str, int]]:
     from hymba.model import cache_nbytes, paper_cache_nbytes
 
     return [
-        {"tokens": n, "held_bytes": cache_nbytes(config, n), "paper_bytes": paper_cache_nbytes(config, n)}
+        {
+            "tokens": n,
+            "held_bytes": cache_nbytes(config, n),
+            "int8_bytes": cache_nbytes(config, n, bits=8),
+            "paper_bytes": paper_cache_nbytes(config, n),
+        }
         for n in (1000 * k for k in THOUSANDS)
     ]
 
@@ -118,6 +129,7 @@ def _facts(told: dict[str, Any]) -> Table:
 
     table = Table.grid(padding=(0, 2))
     stored = f"{told['weight_bytes'] / 1e6:,.1f} MB in {told['weight_files']} file(s)"
+    stored += f", quantised to {told['quantized_bits']} bits" if told["quantized_bits"] else ""
     owners, sliding = told["layers_with_own_kv"], told["layers"] - len(told["global_layers"])
     for name, text in (
         ("weights here", stored if told["weight_files"] else "none, only the config"),
@@ -149,10 +161,10 @@ def _cache_table(cache: list[dict[str, int]]) -> Table:
     caption = "K = 1000 tokens, MB = 10⁶ bytes. Held: bfloat16 K/V, float32 SSM state, meta tokens, whole windows."
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.title, table.title_justify, table.title_style = "Cache of one sequence", "left", "bold"
-    for heading in ("tokens", "held", "by the paper's counting"):
+    for heading in ("tokens", "held", "K/V in int8", "by the paper's counting"):
         table.add_column(heading, justify="right")
     for row in cache:
-        sizes = (f"{row[key] / 1e6:,.1f} MB" for key in ("held_bytes", "paper_bytes"))
+        sizes = (f"{row[key] / 1e6:,.1f} MB" for key in ("held_bytes", "int8_bytes", "paper_bytes"))
         table.add_row(f"{row['tokens'] // 1000}K", *sizes)
     return table
 

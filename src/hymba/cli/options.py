@@ -15,6 +15,14 @@ DtypeOption = Annotated[
     typer.Option(help="float32, bfloat16 or float16; the stored one unless given.", show_default=False),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4 quantises the weights as they are read.", show_default=False),
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(help="int8 keeps keys and values in 8 bits; in the model's dtype unless given.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 OutOption = Annotated[Path, typer.Option(help="The directory to write.", show_default=False)]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hymba.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption
+from hymba.cli.loading import load_model, progress_bar
+from hymba.cli.options import CacheOption, DeviceOption, DtypeOption, JsonOption, ModelOption, QuantizeOption
 
 if TYPE_CHECKING:
     from hymba.evaluation import Score
@@ -26,6 +27,8 @@ def perplexity(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
+    quantize: QuantizeOption = None,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how well a model predicts text, in bits per byte too.
@@ -34,15 +37,16 @@ def perplexity(
     CONTEXT - STRIDE tokens before it, the first window's aside.
     """
     from hymba.evaluation import default_context, read_text
-    from hymba.inference import load_model
+    from hymba.inference import parse_cache
 
-    texts = [read_text(file) for file in files]
-    loaded, tokenizer = load_model(model, dtype, device)
+    texts, bits = [read_text(file) for file in files], parse_cache(cache)
+    loaded, tokenizer = load_model(model, dtype, device, quantize)
     context = default_context(loaded.config) if context is None else context
     stride = max(1, context // 2) if stride is None else stride
-    scores = _score(loaded, tokenizer, files, texts, (context, stride))
+    scores = _score(loaded, tokenizer, files, texts, (context, stride), bits)
     if as_json:
-        settings = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        settings = {"model": model, "dtype": dtype, "quantize": quantize, "cache": cache}
         told = [{"file": str(file)} | _describe(score) for file, score in zip(files, scores, strict=True)]
         total = _describe(sum(scores[1:], scores[0]))
         typer.echo(
@@ -52,24 +56,21 @@ def perplexity(
         _print_table(files, scores, context, stride)
 
 
-def _score(model: Any, tokenizer: Any, files: list[Path], texts: list[str], windows: tuple[int, int]) -> list[Score]:
-    """Score each text under a progress bar on stderr, which stays silent outside a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
+def _score(
+    model: Any, tokenizer: Any, files: list[Path], texts: list[str], windows: tuple[int, int], bits: int | None
+) -> list[Score]:
+    """Score each text under a progress bar."""
     from hymba.evaluation import score_text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     scores = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         for file, text in zip(files, texts, strict=True):
             task = bar.add_task(file.name, total=None)
 
             def show(done: int, total: int, task: Any = task) -> None:
                 bar.update(task, completed=done, total=total)
 
-            scores.append(score_text(model, tokenizer, text, *windows, show))
+            scores.append(score_text(model, tokenizer, text, *windows, show, bits))
     return scores
 
 

@@ -16,5 +16,7 @@ def spare_threads(model: Hymba) -> None:
     """Let a small model decode on one thread, unless OMP_NUM_THREADS says how many to take."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
+    from hymba.model import count_parameters
+
+    if "OMP_NUM_THREADS" not in os.environ and count_parameters(model) < SMALL:
         torch.set_num_threads(1)

@@ -86,6 +86,7 @@ def score_text(
     context: int,
     stride: int,
     report: Callable[[int, int], None] = lambda done, total: None,
+    cache_bits: int | None = None,
 ) -> Score:
     """Score a text, every byte of it counted, as :func:`score_tokens` does.
 
@@ -96,7 +97,7 @@ def score_text(
     bos = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise HymbaError("the model has no BOS token to begin a window with")
-    nats = score_tokens(model, bos, tokens, context, stride, report)
+    nats = score_tokens(model, bos, tokens, context, stride, report, cache_bits)
     return Score(nats, len(tokens), len(text.encode()))
 
 
@@ -108,6 +109,7 @@ def score_tokens(
     context: int,
     stride: int,
     report: Callable[[int, int], None] = lambda done, total: None,
+    cache_bits: int | None = None,
 ) -> float:
     """Return the sum of −ln p, in nats, over `tokens` (T,), read through the windows described above.
 
@@ -115,6 +117,7 @@ def score_tokens(
         context: tokens that the model reads at once, BOS included.
         stride: tokens that a window scores; `context` itself is fastest, a small one is kindest to the model.
         report: called with (tokens scored, all tokens) after each forward pass.
+        cache_bits: 8 attends to keys and values in 8 bits, as decoding from such a cache does.
 
     Raises:
         HymbaError: context or stride is out of range, or there are no tokens.
@@ -132,7 +135,8 @@ def score_tokens(
         batch = list(zip(ends[first : first + rows], fresh[first : first + rows], strict=True))
         windows = torch.stack([text[end - width : end] for end, _ in batch])
         windows[:, 0] = bos
-        hidden = model(windows).hidden
+        cache = None if cache_bits is None else model.allocate_cache(len(batch), width, cache_bits)
+        hidden = model(windows, cache=cache).hidden
         scored = torch.cat([row[width - new :] for row, (_, new) in zip(hidden, batch, strict=True)])
         targets = torch.cat([text[end - new + 1 : end + 1] for end, new in batch])
         nats += _sum_nats(model, scored, targets)

@@ -18,7 +18,7 @@ from hymba.hf.attentions import AttentionColumns
 from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
-from hymba.model import Hymba
+from hymba.model import Hymba, Scheme
 from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
 from hymba.model.init import init_module
 from hymba.ops.precision import accumulate_dtype
@@ -78,10 +78,12 @@ class HymbaModel(HymbaPreTrainedModel):
         (B, H, T, M + past + T), the meta tokens' columns first.
 
     Raises:
-        HymbaError: the arguments contradict one another.
+        HymbaError: the arguments contradict one another, or the checkpoint is quantised.
     """
 
     def __init__(self, config: HymbaConfig) -> None:
+        if Scheme.from_released(config.to_dict()) is not None:
+            raise HymbaError("the checkpoint is quantised, which transformers' classes are not: use hymba.load")
         super().__init__(config)
         self.core = HymbaCore(replace(config.core(), tie_word_embeddings=True))  # any head is outside
         self.gradient_checkpointing = False

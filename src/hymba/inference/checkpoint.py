@@ -118,6 +118,17 @@ def parse_format(name: str | None) -> int | None:
     return FORMATS[name]
 
 
+def parse_cache(name: str | None) -> int | None:
+    """Return the bits of the cache format called `name`; None stays None, which means the model's dtype.
+
+    Raises:
+        HymbaError: it is not "int8".
+    """
+    if name not in (None, "int8"):
+        raise HymbaError(f"unknown cache format {name!r}: int8 is the one beside the model's dtype")
+    return None if name is None else 8
+
+
 def parse_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the GPU if there is one, else the CPU.
 
@@ -138,8 +149,7 @@ def write_model(model: Hymba, source: Path, target: Path, max_shard_size: str = 
     Raises:
         HymbaError: `target` already holds weights, it cannot be written, or `max_shard_size` is no size.
     """
-    if target.is_dir() and any(target.glob("*.safetensors*")):
-        raise HymbaError(f"{target} already holds a model: choose another directory or empty it")
+    check_vacant(target)
     try:
         save(model, target, max_shard_size)
         _write_config(model, source, target)
@@ -153,6 +163,16 @@ def write_model(model: Hymba, source: Path, target: Path, max_shard_size: str = 
         raise HymbaError(f"{max_shard_size!r} is no size: write it like 500MB or 5GB") from error
     except OSError as error:
         raise HymbaError(f"cannot write the model to {target}: {error}") from error
+
+
+def check_vacant(target: Path) -> None:
+    """Check that a model may be written to the directory `target`.
+
+    Raises:
+        HymbaError: it holds one already.
+    """
+    if target.is_dir() and any(target.glob("*.safetensors*")):
+        raise HymbaError(f"{target} already holds a model: choose another directory or empty it")
 
 
 def _write_config(model: Hymba, source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ class Conversation:
     Args:
         params: of every answer; give `hymba.text.STOP_STRINGS` as `stop`.
         system: the system prompt.
+        cache_bits: 8 quantises the keys and values of the cache.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         params: SamplingParams,
         system: str | None = None,
+        cache_bits: int | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.params = model, tokenizer, params
+        self.model, self.tokenizer, self.params, self.cache_bits = model, tokenizer, params, cache_bits
         self.messages = [{"role": "system", "content": system}] if system else []
         self._prompt = ""  # all that was rendered before the last answer
         self._answer: Continuation | None = None
@@ -53,7 +55,8 @@ class Conversation:
             cache, tokens = None, self._encode(prompt)
         else:
             cache = self._cache
-        cache = cache or self.model.allocate_cache(rows=1, max_length=len(tokens) + self.params.max_new_tokens)
+        if cache is None:
+            cache = self.model.allocate_cache(1, len(tokens) + self.params.max_new_tokens, self.cache_bits)
         answer = Continuation(self.model, self.tokenizer, tokens, self.params, cache)
         self.messages, self._prompt, self._answer, self._cache = messages, prompt, answer, cache
         return answer

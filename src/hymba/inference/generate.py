@@ -26,6 +26,7 @@ def generate(
     params: SamplingParams,
     cache: Cache | None = None,
     max_prompt_tokens: int | None = None,
+    cache_bits: int | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, each as soon as it is chosen; one that stops the text is the last to be yielded.
 
@@ -37,6 +38,7 @@ def generate(
         tokens: (T,) ids of the prompt, its BOS included; or what follows the tokens that `cache` holds.
         cache: of one row; it grows as needed, and afterwards holds everything but the last token yielded.
         max_prompt_tokens: a limit below `max_position_embeddings`.
+        cache_bits: 8 quantises the keys and values of the cache that is made where none is given.
 
     Raises:
         HymbaError: at the call, not later: the prompt is empty or too long, or `cache` has several rows.
@@ -55,7 +57,7 @@ def generate(
     count = min(params.max_new_tokens, room - held - len(ids) + 1)
     length = held + len(ids) + count - 1
     if cache is None:
-        cache = model.allocate_cache(rows=1, max_length=length)
+        cache = model.allocate_cache(rows=1, max_length=length, bits=cache_bits)
     cache.grow(length)
     return _run(model, ids, params, cache, count)
 
@@ -105,6 +107,7 @@ class Continuation:
         params: SamplingParams,
         cache: Cache | None = None,
         max_prompt_tokens: int | None = None,
+        cache_bits: int | None = None,
     ) -> None:
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -112,7 +115,7 @@ class Continuation:
         self.finish: str | None = None
         self._stops = {model.config.eos_token_id, *params.stop_ids}
         self._stream, self._cutter = TextStream(tokenizer), StopCutter(params.stop)
-        self._ids = generate(model, prompt, params, cache, max_prompt_tokens)
+        self._ids = generate(model, prompt, params, cache, max_prompt_tokens, cache_bits)
 
     def __iter__(self) -> Iterator[str]:
         for token in self._ids:
