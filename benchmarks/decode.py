@@ -51,7 +51,7 @@ def decode(
 ) -> None:
     """Time decode steps of a random model behind `--context` tokens, against the bandwidth of the same minute."""
     use_threads(threads)
-    bandwidth = ReadBandwidth()
+    bandwidth = ReadBandwidth(config)
     bandwidth.measure()
     model = random_model(config, weights)
     with bar(f"decode {config} {weights} × {rows}", tokens + tokens // 2) as step, torch.no_grad():

@@ -23,30 +23,32 @@ from benchmarks.command import Json, Out, Threads, bar, finish, main, use_thread
 from hymba.ops import native
 
 READ_BYTES = 2 << 30  # far more than any cache holds
+READ_BYTES_TINY = 256 << 20  # beside a model whose weights stay in cache anyway
 PASSES = 7
 SQUARE = 4096  # side of the matrices multiplied
 
 
 class ReadBandwidth:
-    """How fast memory is read, by the threads that torch may use.
+    """How fast memory is read, by the threads that torch may use; `size` is that of the model measured beside it.
 
     Each call of :meth:`measure` adds passes, so that a run can look before and after what it times: `passes` are the
     bytes per second of all of them. The memory is anonymous, in huge pages where the system grants them, and given
     back after each measurement.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: str = "1.5b") -> None:
         self.passes: list[float] = []
+        self.nbytes = READ_BYTES_TINY if size == "tiny" else READ_BYTES
 
     def measure(self, passes: int = PASSES) -> float:
-        """Read ``READ_BYTES`` `passes` times and return the median bytes per second of these passes."""
-        with mmap.mmap(-1, READ_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        """Read the memory `passes` times and return the median bytes per second of these passes."""
+        with mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             values = torch.frombuffer(memory, dtype=torch.float32)
             values.fill_(1.0)
             _read(values)
-            measured = [READ_BYTES / _seconds(_read, values) for _ in range(passes)]
+            measured = [self.nbytes / _seconds(_read, values) for _ in range(passes)]
             del values  # the map cannot close under it
         self.passes += measured
         return statistics.median(measured)

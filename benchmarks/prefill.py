@@ -53,7 +53,7 @@ def prefill(
     """Time the prefill of random prompts, against the matrix peak of the same minute, with each op's share."""
     use_threads(threads)
     lengths = parse_lengths(tokens)
-    bandwidth = ReadBandwidth()
+    bandwidth = ReadBandwidth(config)
     bandwidth.measure()
     peaks = [matrix_peak()]
     model = random_model(config, weights)
