@@ -108,7 +108,8 @@ def finish(
         **result,
         "settings": dict(settings),
         "command": _command(),
-        **_when(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": describe(),
     }
     if out is not None:
@@ -123,18 +124,16 @@ def finish(
 
 def _command() -> str:
     """Return the command line that repeats this run."""
-    module = Path(sys.argv[0]).stem
     kept = [word for word in sys.argv[1:] if word != "--json"]
     if "--out" in kept:
         del kept[kept.index("--out") : kept.index("--out") + 2]
-    return shlex.join(["python", "-m", f"benchmarks.{module}", *kept])
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
 
 
-def _when() -> dict[str, str]:
-    """Return the time and the commit of the code that ran, marked if it held changes not committed."""
-    commit = _git("rev-parse", "--short=8", "HEAD") or "unknown"
+def commit() -> str:
+    """Return the commit of the code that runs, marked if it holds changes not committed."""
     changed = "-dirty" if _git("status", "--porcelain", "--", "src", "benchmarks/*.py") else ""
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit + changed}
+    return (_git("rev-parse", "--short=8", "HEAD") or "unknown") + changed
 
 
 def _git(*arguments: str) -> str:
