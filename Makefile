@@ -4,10 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 KERNELS := $(wildcard src/hymba/ops/*/*.cpp src/hymba/ops/*/*.h) src/hymba/ops/native/build.py
 PROMPT ?= It was a cold morning, and
+BENCH := $(BIN)/python -m benchmarks
+RECORD := --out benchmarks/results
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check lint quick format docs clean
+.PHONY: help setup demo test check lint quick format docs bench bench-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -42,6 +44,20 @@ format: setup  ## rewrite the sources as `make check` wants them
 
 docs: setup  ## check that the documents name everything public and that their links lead somewhere
 	$(BIN)/pytest -q tests/test_architecture.py tests/test_docs.py
+
+bench: setup  ## measure everything on this machine, an hour or more (LLAMA_PYTHON=... to compare with llama.cpp too)
+	$(BENCH).machine $(RECORD)
+	for weights in bf16 int8 int4; do $(BENCH).decode --weights $$weights $(RECORD) || exit 1; done
+	$(BENCH).decode --rows 8 $(RECORD)
+	for weights in bf16 int8 int4; do $(BENCH).prefill --weights $$weights $(RECORD) || exit 1; done
+	for config in 1.5b tiny; do $(BENCH).ops --config $$config $(RECORD) || exit 1; done
+	$(BENCH).training $(RECORD)
+	for weights in bf16 int8 int4; do $(BENCH).memory --weights $$weights $(RECORD) || exit 1; done
+	$(BENCH).peers $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(RECORD)
+	$(MAKE) bench-report
+
+bench-report: setup  ## write the tables and figures anew from benchmarks/results
+	$(BENCH).report
 
 clean:  ## remove .venv and caches
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

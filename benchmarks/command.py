@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,11 +122,15 @@ def finish(
 
 
 def _command() -> str:
-    """Return the command line that repeats this run."""
-    kept = [word for word in sys.argv[1:] if word != "--json"]
-    if "--out" in kept:
-        del kept[kept.index("--out") : kept.index("--out") + 2]
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
+    """Return the command line that repeats this run, without what belongs to this machine's folders."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--out", "--store"):
+            next(words, None)
+        elif word != "--json":
+            kept.append(f"…/{Path(word).name}" if word.startswith("/") else word)
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
 
 
 def commit() -> str:

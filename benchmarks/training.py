@@ -84,7 +84,7 @@ class Step:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.model = build_model(recipe, _Vocabulary(recipe)).train()  # type: ignore[arg-type]
+        self.model = build_model(recipe, _Vocabulary(recipe)).train()
         self.optimizer = build_optimizer(self.model, recipe)
         self.batch = _batch(recipe)
 
