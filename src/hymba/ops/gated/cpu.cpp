@@ -3,73 +3,77 @@
 
 using namespace hymba;
 
+// As native.py packs it. Rows of inputs begin so many values apart; outputs are dense. `grad` and behind: the backward
+// pass's.
+struct Gate {
+    int64_t dtype, rows, width, threads;
+    const void* gate;
+    int64_t gate_stride;
+    const void* up;
+    int64_t up_stride;
+    void* out;
+    const void* grad;
+    int64_t grad_stride;
+    void *grad_gate, *grad_up;
+};
+
 namespace {
 
 constexpr int64_t GRAIN = 1 << 14;  // values
 
-// Rows of gate, up and (backward) the result's gradient begin so many values apart; outputs are dense.
 template <class T>
 struct Kernel {
     using V = Vec<Wide<T>>;
     static constexpr int L = LANES<Wide<T>>;
 
-    int64_t rows, width;
-    int threads;
+    const Gate& x;
 
-    int count(int64_t i) const { return static_cast<int>(width - i < L ? width - i : L); }
+    static V read(const void* from, int64_t at, int count) { return load(static_cast<const T*>(from) + at, count); }
+    static void write(void* to, int64_t at, V value, int count) { store(static_cast<T*>(to) + at, value, count); }
 
-    void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* out) const {
-        parallel_rows(rows, width, GRAIN, threads, [&](int64_t first, int64_t last) {
+    // Calls body(row, i, count) for every vector: `count` values from value i of a row on.
+    template <class Body>
+    void for_each(const Body& body) const {
+        parallel_rows(x.rows, x.width, GRAIN, static_cast<int>(x.threads), [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row)
-                for (int64_t i = 0; i < width; i += L) {
-                    const V x = load(gate + row * gate_stride + i, count(i));
-                    const V y = load(up + row * up_stride + i, count(i));
-                    store(out + row * width + i, rounded<T>(x * sigmoid(x)) * y, count(i));
-                }
+                for (int64_t i = 0; i < x.width; i += L)
+                    body(row, i, static_cast<int>(x.width - i < L ? x.width - i : L));
         });
     }
 
-    void backward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const T* grad,
-                  int64_t grad_stride, T* grad_gate, T* grad_up) const {
-        parallel_rows(rows, width, GRAIN, threads, [&](int64_t first, int64_t last) {
-            for (int64_t row = first; row < last; ++row)
-                for (int64_t i = 0; i < width; i += L) {
-                    const V x = load(gate + row * gate_stride + i, count(i)), open = sigmoid(x);
-                    const V y = load(up + row * up_stride + i, count(i));
-                    const V g = load(grad + row * grad_stride + i, count(i));
-                    store(grad_gate + row * width + i, g * y * open * (1 + x * (1 - open)), count(i));
-                    store(grad_up + row * width + i, g * rounded<T>(x * open), count(i));
-                }
+    void forward() const {
+        for_each([&](int64_t row, int64_t i, int count) {
+            const V gate = read(x.gate, row * x.gate_stride + i, count);
+            const V up = read(x.up, row * x.up_stride + i, count);
+            write(x.out, row * x.width + i, rounded<T>(gate * sigmoid(gate)) * up, count);
+        });
+    }
+
+    void backward() const {
+        for_each([&](int64_t row, int64_t i, int count) {
+            const V gate = read(x.gate, row * x.gate_stride + i, count), open = sigmoid(gate);
+            const V up = read(x.up, row * x.up_stride + i, count);
+            const V grad = read(x.grad, row * x.grad_stride + i, count);
+            write(x.grad_gate, row * x.width + i, grad * up * open * (1 + gate * (1 - open)), count);
+            write(x.grad_up, row * x.width + i, grad * rounded<T>(gate * open), count);
         });
     }
 };
 
-// Calls run(kernel, pointer) for the stored type (0 float, 1 bfloat16, 2 double), `pointer` a null one to that type.
+// Calls run(kernel) for the stored type: 0 float, 1 bfloat16, 2 double.
 template <class Run>
-void with_kernel(int dtype, int64_t rows, int64_t width, int threads, const Run& run) {
-    if (dtype == 0) run(Kernel<float>{rows, width, threads}, static_cast<float*>(nullptr));
-    if (dtype == 1) run(Kernel<bf16>{rows, width, threads}, static_cast<bf16*>(nullptr));
-    if (dtype == 2) run(Kernel<double>{rows, width, threads}, static_cast<double*>(nullptr));
+void with_kernel(const Gate& gate, const Run& run) {
+    if (gate.dtype == 0) run(Kernel<float>{gate});
+    if (gate.dtype == 1) run(Kernel<bf16>{gate});
+    if (gate.dtype == 2) run(Kernel<double>{gate});
 }
 
 }  // namespace
 
-HYMBA_API void hymba_gated_silu_forward(int dtype, const void* gate, const void* up, void* out, int64_t rows,
-                                        int64_t width, int64_t gate_stride, int64_t up_stride, int threads) {
-    with_kernel(dtype, rows, width, threads, [&](const auto& kernel, auto* typed) {
-        using T = std::remove_pointer_t<decltype(typed)>;
-        kernel.forward(static_cast<const T*>(gate), gate_stride, static_cast<const T*>(up), up_stride,
-                       static_cast<T*>(out));
-    });
+HYMBA_API void hymba_gated_silu_forward(const Gate* gate) {
+    with_kernel(*gate, [](const auto& kernel) { kernel.forward(); });
 }
 
-HYMBA_API void hymba_gated_silu_backward(int dtype, const void* gate, const void* up, const void* grad,
-                                         void* grad_gate, void* grad_up, int64_t rows, int64_t width,
-                                         int64_t gate_stride, int64_t up_stride, int64_t grad_stride, int threads) {
-    with_kernel(dtype, rows, width, threads, [&](const auto& kernel, auto* typed) {
-        using T = std::remove_pointer_t<decltype(typed)>;
-        kernel.backward(static_cast<const T*>(gate), gate_stride, static_cast<const T*>(up), up_stride,
-                        static_cast<const T*>(grad), grad_stride, static_cast<T*>(grad_gate),
-                        static_cast<T*>(grad_up));
-    });
+HYMBA_API void hymba_gated_silu_backward(const Gate* gate) {
+    with_kernel(*gate, [](const auto& kernel) { kernel.backward(); });
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
+import struct
 from typing import Any
 
 import torch
@@ -13,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from hymba.ops import native
 from hymba.ops.gated import reference
+
+_pack = struct.Struct("13q").pack  # `struct Gate` of cpu.cpp
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -37,46 +37,23 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in ctx.saved_tensors)
-        gate, up, grad = (native.as_rows(x) for x in (*ctx.saved_tensors, grad))
-        _functions(ctx.library)[1](
-            native.DTYPES.index(gate.dtype),
-            gate.data_ptr(),
-            up.data_ptr(),
-            grad.data_ptr(),
-            grad_gate.data_ptr(),
-            grad_up.data_ptr(),
-            *gate.shape,
-            gate.stride(0),
-            up.stride(0),
-            grad.stride(0),
-            torch.get_num_threads(),
-        )
+        inputs, dense = (*ctx.saved_tensors, grad), torch.contiguous_format
+        grad_gate, grad_up = (torch.empty_like(x, memory_format=dense) for x in ctx.saved_tensors)
+        (gate, gate_stride), (up, up_stride), (grad, grad_stride) = (native.as_rows(x) for x in inputs)
+        inputs = gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, 0, grad.data_ptr(), grad_stride
+        ctx.library.hymba_gated_silu_backward(_pack(*_sizes(gate), *inputs, grad_gate.data_ptr(), grad_up.data_ptr()))
         return grad_gate, grad_up
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
-    gate, up = native.as_rows(gate), native.as_rows(up)
-    _functions(native.library())[0](
-        native.DTYPES.index(gate.dtype),
-        gate.data_ptr(),
-        up.data_ptr(),
-        out.data_ptr(),
-        *gate.shape,
-        gate.stride(0),
-        up.stride(0),
-        torch.get_num_threads(),
-    )
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    (gate, gate_stride), (up, up_stride) = native.as_rows(gate), native.as_rows(up)
+    inputs = gate.data_ptr(), gate_stride, up.data_ptr(), up_stride
+    kernel = native.library().hymba_gated_silu_forward  # type: ignore[union-attr]
+    kernel(_pack(*_sizes(gate), *inputs, out.data_ptr(), 0, 0, 0, 0))
     return out
 
 
-@functools.cache
-def _functions(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return the forward and the backward pass, told what they take."""
-    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    forward, backward = library.hymba_gated_silu_forward, library.hymba_gated_silu_backward
-    forward.argtypes = (number, *3 * (pointer,), *4 * (size,), number)
-    backward.argtypes = (number, *5 * (pointer,), *5 * (size,), number)
-    forward.restype = backward.restype = None
-    return forward, backward
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    width = x.shape[-1]
+    return native.DTYPES.index(x.dtype), x.numel() // width, width, torch.get_num_threads()

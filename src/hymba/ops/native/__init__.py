@@ -78,10 +78,13 @@ def listen(listener: Callable[[Callable, tuple], None] | None) -> None:
     _listener.hear = listener
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """Return `x` (…, width) as (rows, width) with a dense last dimension: a view wherever its strides allow."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return `x` (…, width) with dense rows at even distances, and the distance: uncopied wherever strides allow."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def level() -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
+import struct
 from typing import Any
 
 import torch
@@ -12,20 +10,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hymba.ops import native
-from hymba.ops.precision import result_dtype
 from hymba.ops.rms_norm import reference
 
-# The dtypes of input, weight and result that cpu.cpp is compiled for, in its order.
+# What cpu.cpp is compiled for: by its number, the dtype of the result; by the dtypes of input, weight and autocast, the
+# number. Under autocast the result is rounded to autocast's dtype.
 _F32, _BF16, _F64 = native.DTYPES
-_TYPES = (
-    (_F32, _F32, _F32),
-    (_BF16, _BF16, _BF16),
-    (_BF16, _F32, _F32),
-    (_BF16, _F32, _BF16),
-    (_F32, _F32, _BF16),
-    (_F64, _F64, _F64),
-)
-_NUMBERS = {types: number for number, types in enumerate(_TYPES)}
+_RESULTS = (_F32, _BF16, _F32, _BF16, _BF16, _F64)
+_NUMBERS = {
+    (_F32, _F32, None): 0,
+    (_BF16, _BF16, None): 1,
+    (_BF16, _BF16, _BF16): 1,
+    (_BF16, _F32, None): 2,
+    (_BF16, _F32, _BF16): 3,
+    (_F32, _F32, _BF16): 4,
+    (_F64, _F64, None): 5,
+    (_F64, _F64, _BF16): 5,
+}
+
+_pack = struct.Struct("4qd13q").pack  # `struct Norms` of cpu.cpp
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,8 +55,9 @@ def mean_of_norms(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, eps:
 
 def _types(x: Tensor, weight: Tensor) -> int | None:
     """Return the number by which the kernel knows the dtypes, or None where it does not fit."""
-    number = _NUMBERS.get((x.dtype, weight.dtype, result_dtype(x, weight)))
-    fits = weight.shape == x.shape[-1:] and x.numel() and weight.is_contiguous() and weight.is_cpu
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    number = _NUMBERS.get((x.dtype, weight.dtype, autocast))
+    fits = weight.shape == x.shape[-1:] and weight.is_contiguous() and weight.is_cpu and x.numel() > 0
     return number if fits and not native.why_unfit(x) else None
 
 
@@ -68,35 +71,32 @@ class _Norms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, grad = ctx.saved_tensors, native.as_rows(grad)
-        x, y = native.as_rows(inputs[0]), None if inputs[1] is None else native.as_rows(inputs[1])
-        grads = [None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs]
-        pointers = (_pointer(v) for v in (x, y, *inputs[2:], grad, *grads))
-        strides = x.stride(0), 0 if y is None else y.stride(0), grad.stride(0)
-        run = _functions(ctx.library)[1]
-        run(ctx.types, *pointers, *x.shape, *strides, ctx.eps, torch.get_num_threads())
+        x, y, x_weight, y_weight = ctx.saved_tensors
+        dense = torch.contiguous_format
+        grads = [None if v is None else torch.empty_like(v, memory_format=dense) for v in ctx.saved_tensors]
+        to_x, to_y, to_x_weight, to_y_weight = (0 if v is None else v.data_ptr() for v in grads)
+        rows, stride = native.as_rows(grad)
+        count, width, threads = x.numel() // x.shape[-1], x.shape[-1], torch.get_num_threads()
+        sizes = ctx.types, count, width, threads, ctx.eps, 0, rows.data_ptr(), stride
+        x, stride = native.as_rows(x)
+        first = x.data_ptr(), x_weight.data_ptr(), stride, to_x, to_x_weight
+        second = (0, 0, 0, 0, 0)
+        if y is not None:
+            y, stride = native.as_rows(y)
+            second = y.data_ptr(), y_weight.data_ptr(), stride, to_y, to_y_weight
+        ctx.library.hymba_rms_norm_backward(_pack(*sizes, *first, *second))
         return None, None, *grads
 
 
 def _forward(types: int, eps: float, x: Tensor, y: Tensor | None, weight: Tensor, y_weight: Tensor | None) -> Tensor:
-    out = x.new_empty(x.shape, dtype=_TYPES[types][2])
-    x, y = native.as_rows(x), None if y is None else native.as_rows(y)
-    pointers = (_pointer(v) for v in (x, y, weight, y_weight, out))
-    strides = x.stride(0), 0 if y is None else y.stride(0)
-    _functions(native.library())[0](types, *pointers, *x.shape, *strides, eps, torch.get_num_threads())
+    out = torch.empty_like(x, dtype=_RESULTS[types], memory_format=torch.contiguous_format)
+    kernel = native.library().hymba_rms_norm_forward  # type: ignore[union-attr]
+    width, threads = x.shape[-1], torch.get_num_threads()
+    x, stride = native.as_rows(x)
+    first = x.data_ptr(), weight.data_ptr(), stride, 0, 0
+    second = (0, 0, 0, 0, 0)
+    if y is not None:
+        y, stride = native.as_rows(y)
+        second = y.data_ptr(), y_weight.data_ptr(), stride, 0, 0  # type: ignore[union-attr]
+    kernel(_pack(types, x.numel() // width, width, threads, eps, out.data_ptr(), 0, 0, *first, *second))
     return out
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-@functools.cache
-def _functions(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return the forward and the backward pass, told what they take."""
-    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    forward, backward = library.hymba_rms_norm_forward, library.hymba_rms_norm_backward
-    forward.argtypes = (number, *5 * (pointer,), *4 * (size,), ctypes.c_double, number)
-    backward.argtypes = (number, *9 * (pointer,), *5 * (size,), ctypes.c_double, number)
-    forward.restype = backward.restype = None
-    return forward, backward

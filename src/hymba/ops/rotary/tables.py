@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) in the half-split layout, with Hymba's NTK-scaled base."""
+"""The angles of rotary position embedding, with Hymba's NTK-scaled base."""
 
 from __future__ import annotations
 
@@ -34,18 +34,3 @@ def rotary_tables(positions: Tensor, width: int, base: float, dtype: torch.dtype
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=positions.device).to(wide) / width
     angles = positions.to(wide)[..., None] * (1.0 / base**exponents)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of every head of `x` by its position's angles ("rotate_half" layout).
-
-    Args:
-        x: (B, T, heads, K).
-        cos, sin: (B or 1, T, K/2), in the dtype of `x`.
-
-    Returns:
-        (B, T, heads, K).
-    """
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
