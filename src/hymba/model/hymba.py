@@ -312,8 +312,7 @@ class HybridMixer(nn.Module):
         return x.unflatten(-1, (heads, -1))
 
     def _rotate(self, x: Tensor, call: Call) -> Tensor:
-        cos, sin = call.rotary
-        return apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype))
+        return apply_rotary(x, *call.rotary)
 
 
 class CausalConv(nn.Conv1d):
