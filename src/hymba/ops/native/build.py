@@ -20,7 +20,7 @@ NATIVE = Path(__file__).parent
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-semantic-interposition", "-Wall", "-Wextra", "-Wno-psabi"),
-    "-Wno-maybe-uninitialized",  # GCC 12 complains about its own AVX-512 header
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 complains about its own AVX-512 header
 )
 _AVX512 = ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512", "-DHYMBA_AVX512")
 _LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
