@@ -56,6 +56,39 @@ void parallel_rows(int64_t rows, int64_t width, int64_t grain, int threads, cons
     });
 }
 
+// The same for tasks that lie one behind the other in memory: each thread has a stretch of its own, so that what it calls
+// for ahead of time is what it needs next, and helps with the others' when that is done.
+template <class Body>
+void parallel_stretches(int64_t tasks, int threads, const Body& body) {
+    constexpr int MOST = 32;
+    struct alignas(64) Counter {
+        std::atomic<int64_t> next;
+    };
+    struct Job {
+        const Body& body;
+        int64_t tasks, stretches;
+        std::atomic<int64_t> arrived;
+        Counter counters[MOST];
+        int64_t start(int64_t stretch) const { return tasks * stretch / stretches; }
+    } job{body, tasks, threads < MOST ? threads : MOST, {0}, {}};
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (job.stretches > threads) job.stretches = threads;
+    for (int64_t i = 0; i < job.stretches; ++i) job.counters[i].next.store(job.start(i), std::memory_order_relaxed);
+    auto work = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        const int64_t own = job.arrived.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t turn = 0; turn < job.stretches; ++turn) {
+            const int64_t stretch = (own + turn) % job.stretches, end = job.start(stretch + 1);
+            std::atomic<int64_t>& next = job.counters[stretch].next;
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < end;) job.body(i);
+        }
+    };
+    if (threads <= 1)
+        work(&job);
+    else
+        fork_join(work, &job, threads);
+}
+
 // ---- Vectors -------------------------------------------------------------------------------------------------------
 
 #if defined(HYMBA_AVX512)
@@ -151,6 +184,22 @@ HYMBA_INLINE void store(bf16* to, Vec<float> x) {
 }
 
 // The same for the first `count` lanes; the other lanes load as zero and are not stored.
+#if defined(HYMBA_AVX512)
+HYMBA_INLINE uint32_t first_lanes(int count) { return (1u << count) - 1; }
+HYMBA_INLINE Vec<float> load(const float* from, int count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(count)), from);
+}
+HYMBA_INLINE Vec<float> load(const bf16* from, int count) {
+    return widen(reinterpret_cast<HalfVec>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from)));
+}
+HYMBA_INLINE void store(float* to, Vec<float> x, int count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes(count)), x);
+}
+HYMBA_INLINE void store(bf16* to, Vec<float> x, int count) {
+    const __m256i y = reinterpret_cast<__m256i>(narrow(x));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(first_lanes(count)), y);
+}
+#endif
 template <class T>
 HYMBA_INLINE Vec<Wide<T>> load(const T* from, int count) {
     if (__builtin_expect(count == LANES<Wide<T>>, 1)) return load(from);
@@ -246,6 +295,21 @@ HYMBA_INLINE R sum_lanes(Vec<R> x) {
     for (int half = LANES<R> / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) part[i] += part[i + half];
     return part[0];
+}
+
+// The sums of the lanes of four vectors of 32-bit values, each always in the same order.
+template <class V, class X>
+HYMBA_INLINE void sum_lanes_of(const V (&v)[4], X* out) {
+    static_assert(sizeof(X) == 4);
+    typedef X Four __attribute__((vector_size(16)));
+    const V ab = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]);
+    const V cd = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
+    const Vec<double> x = reinterpret_cast<Vec<double>>(ab), y = reinterpret_cast<Vec<double>>(cd);
+    const V abcd = reinterpret_cast<V>(interleave_low(x, y)) + reinterpret_cast<V>(interleave_high(x, y));
+    Four parts[VECTOR_BYTES / 16];
+    std::memcpy(parts, &abcd, sizeof parts);
+    for (int i = 1; i < VECTOR_BYTES / 16; ++i) parts[0] += parts[i];
+    std::memcpy(out, parts, sizeof parts[0]);
 }
 
 // The sums of the lanes of LANES<R> vectors, one a lane. Overwrites them.
