@@ -25,7 +25,10 @@ from hymba.ops.linear import (
 
 LEVELS = kernels.available()
 KINDS = [(16, torch.bfloat16), (8, torch.bfloat16), (8, torch.float32), (4, torch.bfloat16), (4, torch.float32)]
-SHAPES = [(1, 1), (3, 5), (31, 2), (63, 33), (64, 4), (65, 31), (127, 7), (192, 64), (1600, 37), (4480, 9), (8300, 5)]
+SHAPES = [
+    *[(1, 1), (3, 5), (31, 2), (63, 33), (64, 4), (65, 31), (100, 67), (127, 40), (129, 32), (192, 64)],
+    *[(1600, 37), (4480, 33), (8300, 5), (8300, 34)],
+]
 ROUND = {16: Tensor.bfloat16, 8: round_to_int8, 4: round_to_int4}
 
 
@@ -73,7 +76,7 @@ def test_kernels_equal_the_definition(level, bits, dtype, inputs, outputs, poiso
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("bits", "dtype"), KINDS)
 def test_a_batch_equals_its_rows_and_threads_change_nothing(level, bits, dtype):
-    x, weight = problem(0, 11, 1000, 331, bits)
+    x, weight = problem(0, 11, 1000, 31, bits)  # fewer outputs than the matrix units take
     x, threads = x.to(dtype), torch.get_num_threads()
     with kernels.use_level(level):
         alone = torch.cat([native.linear(row[None], weight) for row in x])
@@ -87,10 +90,29 @@ def test_a_batch_equals_its_rows_and_threads_change_nothing(level, bits, dtype):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_sums_do_not_overflow(level):
+@pytest.mark.parametrize(("bits", "dtype"), KINDS)
+@pytest.mark.parametrize("shape", [(100, 3001), (1600, 700)])
+def test_threads_change_nothing_where_a_call_is_worth_several(level, bits, dtype, shape):
+    x, weight = problem(4, 8, *shape, bits)
+    x, threads = x.to(dtype), torch.get_num_threads()
+    with kernels.use_level(level):
+        try:
+            for rows in (1, 8):
+                torch.set_num_threads(1)
+                alone = native.linear(x[:rows], weight)
+                for count in (2, 3):
+                    torch.set_num_threads(count)
+                    assert torch.equal(native.linear(x[:rows], weight), alone)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("outputs", [3, 33])
+def test_sums_do_not_overflow(level, outputs):
     inputs = 20000
-    weight = QuantizedWeight(torch.full((3, inputs), -128, dtype=torch.int8), torch.ones(3), inputs)
-    x = torch.ones(2, inputs) * torch.tensor([[1.0], [-3.0]])
+    weight = QuantizedWeight(torch.full((outputs, inputs), -128, dtype=torch.int8), torch.ones(outputs), inputs)
+    x = torch.ones(3, inputs) * torch.tensor([[1.0], [-3.0], [2.0]])
     with kernels.use_level(level):
         torch.testing.assert_close(native.linear(x, weight), reference.linear(x, weight))
 
@@ -99,12 +121,13 @@ def test_sums_do_not_overflow(level):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_spoils_itself_alone(level, bits, bad):
-    x, weight = problem(3, 3, 100, 9, bits)
-    x[1, 77] = bad
-    with kernels.use_level(level):
-        out = native.linear(x, weight)
-    assert not out[1].isfinite().any()
-    assert out[[0, 2]].isfinite().all()
+    for rows, outputs in ((3, 9), (8, 40)):
+        x, weight = problem(3, rows, 100, outputs, bits)
+        x[1, 77] = bad
+        with kernels.use_level(level):
+            out = native.linear(x, weight)
+        assert not out[1].isfinite().any()
+        assert out[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("level", LEVELS)

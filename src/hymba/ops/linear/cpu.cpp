@@ -1,53 +1,52 @@
 // Products with few rows of activations, as in decoding: every weight is read from memory once, for all rows together.
-//
-// Formats of the weights, all output by output:
-//   bf16: (out, in).
-//   int8: (out, in), and one float scale an output.
-//   int4: groups of 64 inputs in 32 bytes, (out, ⌈in/64⌉ · 32), and one bf16 scale a group, (out, ⌈in/64⌉). Byte j of a
-//         group holds input j in its low four bits and input 32 + j in its high four; v stands for (v − 8) · scale.
+// weights.h has the formats.
 //
 // bf16 weights are widened to float beside float activations. Integer weights meet activations rounded to 16-bit
 // integers under one scale a row: finer than bf16 unless a row's largest value is hundreds of times its typical one, at
 // the speed of 8 bits as long as memory is what limits. Their sums are exact until the scales enter.
 //
+// One row reads its weights as one stream, output after output, for that is how memory is fastest. Where `in` is not a
+// multiple of CHUNK, the last chunk of weights reaches back over the one before, and the activations there are zero.
+//
 // An output is summed in the same order whatever the number of threads, and of rows, until the matrix units (amx.h) take
 // over: then int8 stays the same bit for bit, and the others to the rounding of a float sum.
 #include "amx.h"
-#include "kernels.h"
+#include "weights.h"
 
 namespace hymba {
 namespace {
 
-constexpr int CHUNK = 64;     // inputs taken together, and an int4 group
-constexpr int N = 4;          // outputs taken together: as many streams of weights
-constexpr int OUTPUTS = 32;   // of one task
+constexpr int QUAD = 4;               // outputs whose lanes are summed together
+constexpr int OUTPUTS = 32;           // outputs written together
 constexpr int FLOATS = LANES<float>;
+constexpr int64_t AHEAD = 8192;       // bytes that a single stream is called for before it is needed
 constexpr float LARGEST = 127 * 256;  // of activations as integers: they come apart into two signed bytes
-constexpr int MOST_ROWS = VECTOR_BYTES == 64 ? 4 : 2;  // rows taken together: N · MOST_ROWS sums stay in registers
+constexpr int MOST_ROWS = VECTOR_BYTES == 64 ? 4 : 2;  // rows taken together: the sums stay in registers
+
+template <int M>
+constexpr int STREAMS = M == 1 ? 1 : 2;  // outputs read together, for M rows
 
 typedef int16_t ShortVec __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-struct Weights {
-    const void* data;
-    const void* scales;
-    int64_t in, out;
-};
-
-// The call's activations as the kernels want them, zero from `in` to `width`, a multiple of CHUNK.
+// The call's activations as the kernels want them, of `width` values each: chunks_of(in) chunks, made even in number.
 struct Activations {
     int64_t rows, width;
     const float* floats;      // (rows, width), in each 2 · FLOATS the even ones first
     const int16_t* integers;  // (rows, width)
     const float* scales;      // (rows,) of the integers
-    const IntVec* offsets;    // (rows, width / CHUNK) −8 · sum of each CHUNK of the integers, spread over the lanes
+    const float* offsets;     // (rows, width / CHUNK) −8 · sum of each CHUNK of the integers
 };
 
-template <class X>
-HYMBA_INLINE X load_as(const void* from) {
-    X x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
+#if defined(HYMBA_AMX)
+// The same for the matrix units.
+struct Turned {
+    int64_t width;           // 4, 8 or 16: the rows and zeros behind them
+    const char* first;       // bf16 or high bytes, turned
+    const char* second;      // low bytes, turned
+    const float* scales;     // (width,) of the integers
+    const int32_t* offsets;  // (chunks, width)
+};
+#endif
 
 // The row of output n + c. Behind the last output the last stands in, and what it gives is dropped.
 template <class T>
@@ -55,78 +54,74 @@ HYMBA_INLINE const T* row_of(const void* data, int64_t stride, const Weights& w,
     return static_cast<const T*>(data) + (n + c < w.out ? n + c : w.out - 1) * stride;
 }
 
-// The sums of the lanes of N vectors, each always in the same order.
-template <class V, class X>
-HYMBA_INLINE void sum_lanes_of(const V (&v)[N], X (&out)[N]) {
-    const V ab = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]);
-    const V cd = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
-    const Vec<double> x = reinterpret_cast<Vec<double>>(ab), y = reinterpret_cast<Vec<double>>(cd);
-    const V abcd = reinterpret_cast<V>(interleave_low(x, y)) + reinterpret_cast<V>(interleave_high(x, y));
-    typedef X Four __attribute__((vector_size(sizeof out)));
-    Four parts[FLOATS / N];
-    std::memcpy(parts, &abcd, sizeof parts);
-    for (int i = 1; i < FLOATS / N; ++i) parts[0] += parts[i];
-    std::memcpy(out, parts, sizeof out);
+HYMBA_INLINE void prefetch(const void* at, int64_t bytes) {
+    __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 2);
 }
 
-// Calls chunk(rows, at, k) for each CHUNK of inputs k in [begin, end): the weights rows[c][at …], zeros behind the end.
-template <class W, class Chunk>
-HYMBA_INLINE void each_chunk(const W* const (&rows)[N], int64_t ahead, int64_t begin, int64_t end, const Chunk& chunk) {
+// Calls chunk(rows, at, k) for each CHUNK of inputs k in [begin, end), a multiple of CHUNK or `in`: its weights are
+// rows[c][at …], and those that the chunk before has had meet zeros.
+template <class W, int S, class Chunk>
+HYMBA_INLINE void each_chunk(const W* const (&rows)[S], int64_t in, int64_t begin, int64_t end, const Chunk& chunk) {
+    const int64_t ahead = S == 1 ? AHEAD : S * in * static_cast<int64_t>(sizeof(W));
     int64_t k = begin;
     for (; k + CHUNK <= end; k += CHUNK) {
-        for (int c = 0; c < N; ++c)
-            for (int i = 0; i < CHUNK; i += 64 / static_cast<int>(sizeof(W)))
-                __builtin_prefetch(rows[c] + k + i + ahead, 0, 2);
+        for (int c = 0; c < S; ++c)
+            for (int i = 0; i < CHUNK; i += 64 / static_cast<int>(sizeof(W))) prefetch(rows[c] + k + i, ahead);
         chunk(rows, k, k);
     }
     if (k == end) return;
-    W tail[N][CHUNK] = {};
-    for (int c = 0; c < N; ++c) std::memcpy(tail[c], rows[c] + k, static_cast<size_t>(end - k) * sizeof(W));
-    const W* const tails[N] = {tail[0], tail[1], tail[2], tail[3]};
-    chunk(tails, 0, k);
+    if (in >= CHUNK) return chunk(rows, in - CHUNK, k);
+    W copies[S][CHUNK] = {};
+    const W* ends[S];
+    for (int c = 0; c < S; ++c) {
+        std::memcpy(copies[c] + CHUNK - in, rows[c], static_cast<size_t>(in) * sizeof(W));
+        ends[c] = copies[c];
+    }
+    chunk(ends, 0, k);
 }
 
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
 struct Bfloat {
-    static constexpr bool INTEGERS = false;
+    static constexpr bool INTEGERS = false, ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 2;  // from which the matrix units are faster
     static int64_t bytes(int64_t in) { return 2 * in; }
 
 #if defined(HYMBA_AMX)
-    static void multiply(const Weights& w, const char* weights, int64_t, int, const uint32_t* x, const uint32_t*,
-                         int64_t rows, float (&out)[OUTPUTS][amx::ROWS]) {
-        amx::multiply(reinterpret_cast<const bf16*>(weights), x, w.in, rows, out[0]);
+    static void multiply(const Weights&, const amx::Block& b, int64_t, const Turned& x, float (&out)[OUTPUTS][amx::ROWS]) {
+        amx::multiply_bf16(b, x.first, x.width, out[0]);
     }
 #endif
 
     template <int M>
-    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][N]) {
-        const bf16* rows[N];
-        for (int c = 0; c < N; ++c) rows[c] = row_of<bf16>(w.data, w.in, w, n, c);
+    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][QUAD]) {
+        constexpr int S = STREAMS<M>;
         const float* a = x.floats + m * x.width;
-        Vec<float> sums[M][N] = {};
-        each_chunk(rows, N * w.in, 0, w.in, [&](const bf16* const(&rows)[N], int64_t at, int64_t k) __attribute__((always_inline)) {
+        Vec<float> sums[M][QUAD];
+        for (int q = 0; q < QUAD; q += S) {
+            const bf16* rows[S];
+            for (int c = 0; c < S; ++c) rows[c] = row_of<bf16>(w.data, w.in, w, n, q + c);
+            Vec<float> even[M][S] = {}, odd[M][S] = {};
+            each_chunk(rows, w.in, 0, w.in, [&](const bf16* const(&rows)[S], int64_t at, int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-            for (int i = 0; i < CHUNK; i += 2 * FLOATS) {
-                Vec<float> even[N], odd[N];
+                for (int i = 0; i < CHUNK; i += 2 * FLOATS) {
+                    UintVec pairs[S];
 #pragma GCC unroll 8
-                for (int c = 0; c < N; ++c) {
-                    const UintVec pair = load_as<UintVec>(rows[c] + at + i);
-                    even[c] = reinterpret_cast<Vec<float>>(pair << 16);
-                    odd[c] = reinterpret_cast<Vec<float>>(pair & 0xffff0000u);
+                    for (int c = 0; c < S; ++c) pairs[c] = load_as<UintVec>(rows[c] + at + i);
+#pragma GCC unroll 8
+                    for (int r = 0; r < M; ++r) {
+                        const float* from = a + r * x.width + k + i;
+#pragma GCC unroll 8
+                        for (int c = 0; c < S; ++c) {
+                            even[r][c] += reinterpret_cast<Vec<float>>(pairs[c] << 16) * load(from);
+                            odd[r][c] += reinterpret_cast<Vec<float>>(pairs[c] & 0xffff0000u) * load(from + FLOATS);
+                        }
+                    }
                 }
-#pragma GCC unroll 8
-                for (int r = 0; r < M; ++r) {
-                    const Vec<float> first = load(a + r * x.width + k + i);
-                    const Vec<float> second = load(a + r * x.width + k + i + FLOATS);
-#pragma GCC unroll 8
-                    for (int c = 0; c < N; ++c) sums[r][c] = sums[r][c] + even[c] * first;
-#pragma GCC unroll 8
-                    for (int c = 0; c < N; ++c) sums[r][c] = sums[r][c] + odd[c] * second;
-                }
-            }
-        });
+            });
+            for (int r = 0; r < M; ++r)
+                for (int c = 0; c < S; ++c) sums[r][q + c] = even[r][c] + odd[r][c];
+        }
         for (int r = 0; r < M; ++r) sum_lanes_of(sums[r], out[r]);
     }
 };
@@ -185,142 +180,210 @@ struct Shorts {
 };
 
 struct Int8 {
-    static constexpr bool INTEGERS = true;
+    static constexpr bool INTEGERS = true, ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 3;
     static int64_t bytes(int64_t in) { return in; }
 
 #if defined(HYMBA_AMX)
-    static void multiply(const Weights& w, const char* weights, int64_t n, int count, const uint32_t* high,
-                         const uint32_t* low, int64_t rows, float (&out)[OUTPUTS][amx::ROWS]) {
-        alignas(64) int32_t sums[2][OUTPUTS][amx::ROWS];
-        amx::multiply(reinterpret_cast<const int8_t*>(weights), high, low, w.in, rows, sums[0][0]);
-        for (int c = 0; c < count; ++c) {
-            const float scale = static_cast<const float*>(w.scales)[n + c];
-            for (int64_t m = 0; m < rows; ++m)
+    static void multiply(const Weights& w, const amx::Block& b, int64_t n, const Turned& x,
+                         float (&out)[OUTPUTS][amx::ROWS]) {
+        alignas(64) int32_t sums[2][OUTPUTS][amx::ROWS] = {};
+        amx::multiply_int8(b, x.first, x.second, x.width, sums[0][0]);
+        for (int c = 0; c < OUTPUTS; ++c) {
+            const double scale = static_cast<const float*>(w.scales)[n + c];
+            for (int m = 0; m < amx::ROWS; ++m)
                 out[c][m] = static_cast<float>((256.0 * sums[0][c][m] + sums[1][c][m]) * scale);
         }
     }
 #endif
-    // 256 products a lane, each at most 128 · LARGEST, stay below 2^31.
-    static constexpr int64_t BLOCK = 256 * FLOATS;
+
+    // 512 products a lane, each at most 128 · LARGEST, stay below 2^31.
+    static constexpr int64_t BLOCK = 512 * FLOATS;
 
     template <int M>
-    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][N]) {
-        const int8_t* rows[N];
-        for (int c = 0; c < N; ++c) rows[c] = row_of<int8_t>(w.data, w.in, w, n, c);
-        const int16_t* a = x.integers + m * x.width;
-        double totals[M][N] = {};
+    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][QUAD]) {
+        double totals[M][QUAD] = {};
         for (int64_t begin = 0; begin < w.in; begin += BLOCK) {
             const int64_t end = begin + BLOCK < w.in ? begin + BLOCK : w.in;
-            IntVec sums[M][N] = {};
-            each_chunk(rows, N * w.in, begin, end, [&](const int8_t* const(&rows)[N], int64_t at, int64_t k) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-                for (int i = 0; i < CHUNK; i += 32) {
-                    Shorts pieces[N];
-#pragma GCC unroll 8
-                    for (int c = 0; c < N; ++c) pieces[c] = Shorts::bytes(rows[c] + at + i);
-#pragma GCC unroll 8
-                    for (int r = 0; r < M; ++r)
-#pragma GCC unroll 8
-                        for (int c = 0; c < N; ++c) sums[r][c] = pieces[c].dot(sums[r][c], a + r * x.width + k + i);
-                }
-            });
+            IntVec sums[M][QUAD];
+            for (int q = 0; q < QUAD; q += STREAMS<M>) add_up<M>(w, n, q, x, m, begin, end, sums);
             for (int r = 0; r < M; ++r) add_exactly(sums[r], totals[r]);
         }
         for (int r = 0; r < M; ++r)
-            for (int c = 0; c < N; ++c)
+            for (int c = 0; c < QUAD; ++c)
                 out[r][c] = static_cast<float>(totals[r][c] * *row_of<float>(w.scales, 1, w, n, c)) * x.scales[m + r];
     }
 
+    // The sums of outputs n + q and, if STREAMS, n + q + 1 over the inputs from `begin` to `end`.
+    template <int M>
+    static HYMBA_INLINE void add_up(const Weights& w, int64_t n, int q, const Activations& x, int64_t m, int64_t begin,
+                                    int64_t end, IntVec (&sums)[M][QUAD]) {
+        constexpr int S = STREAMS<M>;
+        const int16_t* a = x.integers + m * x.width;
+        const int8_t* rows[S];
+        for (int c = 0; c < S; ++c) rows[c] = row_of<int8_t>(w.data, w.in, w, n, q + c);
+        IntVec first[M][S] = {}, second[M][S] = {};
+        each_chunk(rows, w.in, begin, end, [&](const int8_t* const(&rows)[S], int64_t at, int64_t k) __attribute__((always_inline)) {
+            Shorts low[S], high[S];
+#pragma GCC unroll 8
+            for (int c = 0; c < S; ++c) {
+                low[c] = Shorts::bytes(rows[c] + at);
+                high[c] = Shorts::bytes(rows[c] + at + 32);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+                for (int c = 0; c < S; ++c) {
+                    first[r][c] = low[c].dot(first[r][c], a + r * x.width + k);
+                    second[r][c] = high[c].dot(second[r][c], a + r * x.width + k + 32);
+                }
+        });
+        for (int r = 0; r < M; ++r)
+            for (int c = 0; c < S; ++c) sums[r][q + c] = first[r][c] + second[r][c];
+    }
+
     // The lanes' sum may pass 2^31, that of their upper or lower halves does not; doubles hold the total exactly.
-    static HYMBA_INLINE void add_exactly(const IntVec (&sums)[N], double (&totals)[N]) {
-        const IntVec upper[N] = {sums[0] >> 16, sums[1] >> 16, sums[2] >> 16, sums[3] >> 16};
-        const IntVec lower[N] = {sums[0] & 0xffff, sums[1] & 0xffff, sums[2] & 0xffff, sums[3] & 0xffff};
-        int32_t high[N], low[N];
+    static HYMBA_INLINE void add_exactly(const IntVec (&sums)[QUAD], double (&totals)[QUAD]) {
+        const IntVec upper[QUAD] = {sums[0] >> 16, sums[1] >> 16, sums[2] >> 16, sums[3] >> 16};
+        const IntVec lower[QUAD] = {sums[0] & 0xffff, sums[1] & 0xffff, sums[2] & 0xffff, sums[3] & 0xffff};
+        int32_t high[QUAD], low[QUAD];
         sum_lanes_of(upper, high);
         sum_lanes_of(lower, low);
-        for (int c = 0; c < N; ++c) totals[c] += 65536.0 * high[c] + low[c];
+        for (int c = 0; c < QUAD; ++c) totals[c] += 65536.0 * high[c] + low[c];
     }
 };
 
+#if defined(HYMBA_AVX512)
+// Takes integers apart, 256 · high + low.
+HYMBA_INLINE void split(const int16_t* x, int64_t width, int8_t* high, int8_t* low) {
+    for (int64_t k = 0; k < width; k += 32) {
+        const __m512i v = load_as<__m512i>(x + k);
+        const __m256i tops = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8));
+        const __m256i rest = _mm512_cvtepi16_epi8(v);
+        std::memcpy(high + k, &tops, sizeof tops);
+        std::memcpy(low + k, &rest, sizeof rest);
+    }
+}
+#endif
+
+// As many groups of 4-bit weights as fill a vector, eight too large each, and their sums of products with activations;
+// a lane's products are of one group. `arrange` puts the activations as the weights lie.
+struct Groups {
+#if defined(HYMBA_AVX512)
+    static constexpr int COUNT = 2;
+    __m512i low, high;
+    HYMBA_INLINE Groups(const uint8_t* w, bool both) {
+        const __m512i v = both ? load_as<__m512i>(w) : _mm512_zextsi256_si512(load_as<__m256i>(w));
+        low = _mm512_and_si512(v, _mm512_set1_epi8(15));
+        high = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+    }
+    // The products with the activations' high bytes, and 256 of them to one with their low bytes.
+    HYMBA_INLINE IntVec dot(const int16_t* x) const {
+        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, load_as<__m512i>(x));
+        sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, high, load_as<__m512i>(x + 32)), 8);
+        sum = _mm512_dpbusd_epi32(sum, low, load_as<__m512i>(x + 64));
+        return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(sum, high, load_as<__m512i>(x + 96)));
+    }
+    // Each group's scale in its lanes.
+    static HYMBA_INLINE Vec<float> spread(Vec<float> scales, int g) {
+        const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(g)), scales);
+    }
+    static void arrange(int16_t* x, int64_t width) {
+        for (int64_t k = 0; k < width; k += 2 * CHUNK) {
+            int8_t bytes[4 * CHUNK];
+            for (int i = 0; i < 4; ++i) {
+                int8_t* to = bytes + 32 * (i / 2 + i % 2 * 2);
+                split(x + k + 32 * i, 32, to, to + 2 * CHUNK);
+            }
+            std::memcpy(x + k, bytes, sizeof bytes);
+        }
+    }
+#else
+    static constexpr int COUNT = 1;
+    Shorts low, high;
+    HYMBA_INLINE Groups(const uint8_t* w, bool) { Shorts::nibbles(w, low, high); }
+    HYMBA_INLINE IntVec dot(const int16_t* x) const { return high.dot(low.dot(IntVec{}, x), x + 32); }
+    static HYMBA_INLINE Vec<float> spread(Vec<float> scales, int g) { return splat(scales[g]); }
+    static void arrange(int16_t*, int64_t) {}
+#endif
+};
+
 struct Int4 {
-    static constexpr bool INTEGERS = true;
-    static constexpr int AMX_ROWS = 5;
-    static int64_t bytes(int64_t in) { return in / 2; }
+    static constexpr bool INTEGERS = true, ALIGNED_LEFT = true;
+        static constexpr int AMX_ROWS = 4;
+    static int64_t bytes(int64_t in) { return chunks_of(in) * CHUNK / 2; }
 
 #if defined(HYMBA_AMX)
-    static void multiply(const Weights& w, const char* weights, int64_t n, int count, const uint32_t* high,
-                         const uint32_t* low, int64_t rows, float (&out)[OUTPUTS][amx::ROWS]) {
-        const int64_t groups = w.in / CHUNK;
-        const bf16* stored = static_cast<const bf16*>(w.scales) + n * groups;
-        Scratch<bf16> copy(count < OUTPUTS ? OUTPUTS * groups : 0);
-        if (count < OUTPUTS) {
-            std::memset(copy, 0, static_cast<size_t>(OUTPUTS * groups) * sizeof(bf16));
-            std::memcpy(copy, stored, static_cast<size_t>(count * groups) * sizeof(bf16));
-            stored = copy;
-        }
-        amx::multiply(reinterpret_cast<const uint8_t*>(weights), stored, high, low, groups, rows, out[0]);
+    static void multiply(const Weights& w, const amx::Block& b, int64_t n, const Turned& x,
+                         float (&out)[OUTPUTS][amx::ROWS]) {
+        const int64_t groups = chunks_of(w.in);
+        for (int c = 0; c < OUTPUTS; c += 16)
+            amx::multiply_int4(b.weights + c * b.bytes, static_cast<const bf16*>(w.scales) + (n + c) * groups, x.first,
+                               x.second, x.offsets, groups, x.width, out[c]);
     }
 #endif
-    static constexpr int BLOCK = 64;  // groups whose scales are widened together
 
     template <int M>
-    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][N]) {
-        const int64_t groups = x.width / CHUNK;
-        const uint8_t* rows[N];
-        for (int c = 0; c < N; ++c) rows[c] = row_of<uint8_t>(w.data, groups * 32, w, n, c);
-        Vec<float> sums[M][N] = {};
-        for (int64_t begin = 0; begin < groups; begin += BLOCK) {
-            const int count = static_cast<int>(groups - begin < BLOCK ? groups - begin : BLOCK);
-            float scales[N][BLOCK];
-            for (int c = 0; c < N; ++c)
-                widen_scales(row_of<bf16>(w.scales, groups, w, n, c) + begin, count, scales[c]);
-            for (int g = 0; g < count; ++g) {
-                const int16_t* a = x.integers + m * x.width + (begin + g) * CHUNK;
-                Shorts low[N], high[N];
-#pragma GCC unroll 8
-                for (int c = 0; c < N; ++c) __builtin_prefetch(rows[c] + (begin + g) * 32 + N * groups * 32, 0, 2);
-#pragma GCC unroll 8
-                for (int c = 0; c < N; ++c) Shorts::nibbles(rows[c] + (begin + g) * 32, low[c], high[c]);
-#pragma GCC unroll 8
-                for (int r = 0; r < M; ++r)
-#pragma GCC unroll 8
-                    for (int c = 0; c < N; ++c) {
-                        const int16_t* from = a + r * x.width;
-                        // Four bits hold 8 more than is meant, which the offset takes off again.
-                        IntVec sum = x.offsets[(m + r) * groups + begin + g];
-                        sum = high[c].dot(low[c].dot(sum, from), from + 32);
-                        sums[r][c] = sums[r][c] + __builtin_convertvector(sum, Vec<float>) * scales[c][g];
-                    }
-            }
-        }
+    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][QUAD]) {
+        Vec<float> sums[M][QUAD];
+        for (int q = 0; q < QUAD; q += STREAMS<M>) add_up<M>(w, n, q, x, m, sums);
         for (int r = 0; r < M; ++r) {
             sum_lanes_of(sums[r], out[r]);
-            for (int c = 0; c < N; ++c) out[r][c] *= x.scales[m + r];
+            for (int c = 0; c < QUAD; ++c) out[r][c] *= x.scales[m + r];
         }
     }
 
-    static HYMBA_INLINE void widen_scales(const bf16* stored, int count, float* to) {
-        int g = 0;
-        for (; g + FLOATS <= count; g += FLOATS) store(to + g, load(stored + g));
-        if (g < count && count >= FLOATS) store(to + count - FLOATS, load(stored + count - FLOATS));
-        if (count < FLOATS)
-            for (; g < count; ++g) to[g] = widen(stored[g]);
+    template <int M>
+    static HYMBA_INLINE void add_up(const Weights& w, int64_t n, int q, const Activations& x, int64_t m,
+                                    Vec<float> (&out)[M][QUAD]) {
+        constexpr int S = STREAMS<M>;
+        const int64_t groups = chunks_of(w.in), ahead = S == 1 ? AHEAD : S * groups * 32;
+        const uint8_t* rows[S];
+        for (int c = 0; c < S; ++c) rows[c] = row_of<uint8_t>(w.data, groups * 32, w, n, q + c);
+        Vec<float> sums[M][S] = {};
+        for (int64_t begin = 0; begin < groups; begin += FLOATS) {
+            const int count = static_cast<int>(groups - begin < FLOATS ? groups - begin : FLOATS);
+            Vec<float> scales[S];
+            for (int c = 0; c < S; ++c) {
+                scales[c] = load(row_of<bf16>(w.scales, groups, w, n, q + c) + begin, count);
+                // Four bits hold 8 more than is meant, which the offset takes off again.
+                for (int r = 0; r < M; ++r)
+                    sums[r][c] += scales[c] * load(x.offsets + (m + r) * x.width / CHUNK + begin, count);
+            }
+            for (int g = 0; g < count; g += Groups::COUNT)
+                for (int c = 0; c < S; ++c) {
+                    const uint8_t* from = rows[c] + (begin + g) * 32;
+                    prefetch(from, ahead);
+                    const Groups values(from, g + 1 < count);
+                    const Vec<float> scale = Groups::spread(scales[c], g);
+#pragma GCC unroll 8
+                    for (int r = 0; r < M; ++r) {
+                        const int16_t* a = x.integers + (m + r) * x.width + (begin + g) * CHUNK;
+                        sums[r][c] += __builtin_convertvector(values.dot(a), Vec<float>) * scale;
+                    }
+                }
+        }
+        for (int r = 0; r < M; ++r)
+            for (int c = 0; c < S; ++c) out[r][q + c] = sums[r][c];
     }
 };
 
 // ---- Activations ---------------------------------------------------------------------------------------------------
 
-// Copies x to `to`, zeros behind `in`; returns the largest magnitude, NaN if any value is infinite or NaN.
+// Copies a row to `to` as floats, zeros behind it up to `width`. What is more than whole chunks comes at the start of
+// the last chunk or, unless `left`, at its end. Returns the largest magnitude, NaN if any value is infinite or NaN.
 template <class T>
-float widen_row(const T* x, int64_t in, int64_t width, float* to) {
+float widen_row(const T* x, int64_t in, int64_t width, bool left, float* to) {
+    const int64_t whole = in / CHUNK * CHUNK, shift = left || whole == in ? 0 : whole + CHUNK - in;
     Vec<float> largest = {}, check = {};
-    for (int64_t k = 0; k < width; k += FLOATS) {
-        const Vec<float> v = k + FLOATS <= in ? load(x + k) : load(x + k, in > k ? static_cast<int>(in - k) : 0);
-        const Vec<float> size = v < 0 ? -v : v;
+    std::memset(to + whole, 0, static_cast<size_t>(width - whole) * sizeof(float));
+    for (int64_t k = 0; k < in; k += FLOATS) {
+        const int lanes = in - k < FLOATS ? static_cast<int>(in - k) : FLOATS;
+        const Vec<float> v = load(x + k, lanes), size = v < 0 ? -v : v;
         largest = size > largest ? size : largest;
         check += v * 0.0f;
-        store(to + k, v);
+        store(to + k + (k < whole ? 0 : shift), v, lanes);
     }
     float most = 0;
     for (int i = 0; i < FLOATS; ++i) most = largest[i] > most ? largest[i] : most;
@@ -328,104 +391,168 @@ float widen_row(const T* x, int64_t in, int64_t width, float* to) {
 }
 
 // Even inputs before odd ones within each 2 · FLOATS, as a pair of bf16 weights in 32 bits comes apart.
-void part(const float* x, int64_t width, float* to) {
-    for (int64_t k = 0; k < width; k += 2 * FLOATS)
+void part(float* x, int64_t width) {
+    for (int64_t k = 0; k < width; k += 2 * FLOATS) {
+        float even[FLOATS], odd[FLOATS];
         for (int i = 0; i < FLOATS; ++i) {
-            to[k + i] = x[k + 2 * i];
-            to[k + FLOATS + i] = x[k + 2 * i + 1];
+            even[i] = x[k + 2 * i];
+            odd[i] = x[k + 2 * i + 1];
         }
+        std::memcpy(x + k, even, sizeof even);
+        std::memcpy(x + k + FLOATS, odd, sizeof odd);
+    }
 }
 
 // Rounds a row to integers under one scale, and returns that: NaN, as all outputs shall be, if the row is not finite.
-float quantize(const float* x, float largest, int64_t width, int16_t* to, IntVec* offsets) {
+float quantize(const float* x, float largest, int64_t width, int16_t* to, float* offsets) {
     const float inverse = largest > 1e-30f ? LARGEST / largest : 0.0f;
     const float magic = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to an integer
     for (int64_t g = 0; g * CHUNK < width; ++g) {
-        IntVec sum = {};
+        Vec<float> sum = {};
         for (int64_t k = g * CHUNK; k < (g + 1) * CHUNK; k += FLOATS) {
             const Vec<float> rounded = load(x + k) * inverse + magic;
             const IntVec n = reinterpret_cast<IntVec>(rounded) - reinterpret_cast<IntVec>(splat(magic));
             const auto shorts = __builtin_convertvector(n, ShortVec);
             std::memcpy(to + k, &shorts, sizeof shorts);
-            sum += n;
+            sum += rounded - magic;
         }
-        offsets[g] = -8 * sum;
+        offsets[g] = -8 * sum_lanes<float>(sum);
     }
     return largest / LARGEST;
 }
 
+#if defined(HYMBA_AMX)
+// Puts the upper half of every second group first, as amx::unpack does with the weights.
+void swap_second_groups(char* high, char* low, int64_t width) {
+    for (char* x : {high, low})
+        for (int64_t k = CHUNK; k < width; k += 2 * CHUNK) {
+            const __m512i v = load_as<__m512i>(x + k);
+            const __m512i turned = _mm512_shuffle_i64x2(v, v, 0x4e);
+            std::memcpy(x + k, &turned, sizeof turned);
+        }
+}
+#endif
+
 // ---- Driver --------------------------------------------------------------------------------------------------------
 
-// Outputs n … n + N − 1 of every row, M rows at a time: the next M find the same weights in the first-level cache.
+// Outputs n … n + QUAD − 1 of every row, M rows at a time: the next M find the same weights in the first-level cache.
 template <class Format, int M>
 void run(const Weights& w, int64_t n, const Activations& x, int64_t rows, float* out) {
     for (int64_t m = 0; m < rows; m += M) {
-        float sums[M][N];
+        float sums[M][QUAD];
         Format::template tile<M>(w, n, x, m, sums);
-        for (int r = 0; r < M && m + r < rows; ++r)
-            for (int c = 0; c < N && n + c < w.out; ++c) out[(m + r) * OUTPUTS + c] = sums[r][c];
+        for (int r = 0; r < M && m + r < rows; ++r) std::memcpy(out + (m + r) * OUTPUTS, sums[r], sizeof sums[r]);
     }
 }
 
-// Calls block(n, count, sums) for the outputs n … n + count − 1, OUTPUTS at a time, and writes the sums (rows, OUTPUTS)
-// that it leaves. Each thread gets a few stretches of outputs, long enough for its prefetches to be its own.
-template <class T, class Block>
-void each_block(const Weights& w, T* out, const float* bias, int64_t rows, int threads, const Block& block) {
-    const int64_t blocks = (w.out + OUTPUTS - 1) / OUTPUTS, wanted = threads > 1 ? 6 * threads : 1;
-    const int64_t tasks = blocks < wanted ? blocks : wanted;
-    parallel_for(tasks, threads, [&](int64_t task) {
+// Writes outputs n … n + count − 1 of every row, from sums (rows, OUTPUTS).
+template <class T>
+void write(const Weights& w, const float* sums, int64_t n, int count, int64_t rows, const float* bias, T* out) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int c = 0; c < count; c += FLOATS) {
+            const int lanes = count - c < FLOATS ? count - c : FLOATS;
+            Vec<float> y = load(sums + m * OUTPUTS + c, lanes);
+            if (bias) y += load(bias + n + c, lanes);
+            store(out + m * w.out + n + c, y, lanes);
+        }
+}
+
+// Calls some(begin, end) for stretches of outputs, each long enough to be worth a visit and begun at a multiple
+// of QUAD; a small matrix is left to one thread, which is done before others are awake.
+template <class Some>
+void share_out(const Weights& w, int64_t bytes, int threads, const Some& some) {
+    constexpr int64_t ALONE = 1 << 16, TASK = 1 << 17, MOST = 8;  // bytes, bytes, tasks a thread
+    const int64_t total = w.out * bytes, quads = (w.out + QUAD - 1) / QUAD;
+    if (total < ALONE) threads = 1;
+    int64_t tasks = (total / TASK + threads - 1) / threads;
+    tasks = threads * (tasks < 1 ? 1 : tasks < MOST ? tasks : MOST);
+    if (tasks > quads) tasks = quads;
+    parallel_stretches(tasks, threads, [&](int64_t task) {
+        const int64_t end = quads * (task + 1) / tasks * QUAD;
+        some(quads * task / tasks * QUAD, end < w.out ? end : w.out);
+    });
+}
+
+template <class Format, class T>
+void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
+    const int together = rows == 1 ? 1 : rows == 2 ? 2 : MOST_ROWS;
+    const int64_t chunks = (chunks_of(w.in) + 1) / 2 * 2, width = chunks * CHUNK;
+    const int64_t all = (rows + together - 1) / together * together;  // the rest fill the last tile up
+    Scratch<float> floats((Format::INTEGERS ? 1 : all) * width), scales(all), offsets(all * chunks);
+    Scratch<int16_t> integers(Format::INTEGERS ? all * width : 0);
+    for (int64_t m = 0; m < all; ++m) {
+        float* row = floats + (Format::INTEGERS ? 0 : m * width);
+        const float largest = widen_row(x + (m < rows ? m : 0) * w.in, w.in, width, Format::ALIGNED_LEFT, row);
+        if (Format::INTEGERS)
+            scales[m] = quantize(row, largest, width, integers + m * width, offsets + m * chunks);
+        else
+            part(row, width);
+        if (std::is_same_v<Format, Int4>) Groups::arrange(integers + m * width, width);
+    }
+    const Activations a{all, width, floats, integers, scales, offsets};
+    share_out(w, Format::bytes(w.in), threads, [&](int64_t begin, int64_t end) {
         Scratch<float> sums(rows * OUTPUTS);
-        for (int64_t i = blocks * task / tasks; i < blocks * (task + 1) / tasks; ++i) {
-            const int64_t n = i * OUTPUTS;
-            const int count = static_cast<int>(w.out - n < OUTPUTS ? w.out - n : OUTPUTS);
-            block(n, count, sums);
-            for (int64_t m = 0; m < rows; ++m)
-                for (int c = 0; c < count; c += FLOATS) {
-                    const int lanes = count - c < FLOATS ? count - c : FLOATS;
-                    Vec<float> y = load(sums + m * OUTPUTS + c, lanes);
-                    if (bias) y += load(bias + n + c, lanes);
-                    store(out + m * w.out + n + c, y, lanes);
-                }
+        for (int64_t n = begin; n < end; n += OUTPUTS) {
+            const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
+            for (int c = 0; c < count; c += QUAD) {
+                if (together == 1) run<Format, 1>(w, n + c, a, rows, sums + c);
+                if (together == 2) run<Format, 2>(w, n + c, a, rows, sums + c);
+                if (together > 2) run<Format, MOST_ROWS>(w, n + c, a, rows, sums + c);
+            }
+            write(w, sums, n, count, rows, bias, out);
         }
     });
 }
 
 #if defined(HYMBA_AMX)
-// The same by the matrix units, where `in` is a multiple of CHUNK and there are not more rows than they take.
-template <class Format, class T>
-void linear_amx(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
-    const int64_t in = w.in, words = in * (Format::INTEGERS ? 1 : 2) / 4, bytes = Format::bytes(in);
-    Scratch<uint32_t> first(rows * words), second(rows * words);
-    Scratch<float> scales(rows);
-    if constexpr (Format::INTEGERS) {
-        Scratch<float> row(in);
-        Scratch<int16_t> integers(in);
-        Scratch<IntVec> offsets(in / CHUNK);
-        Scratch<int8_t> high(rows * in), low(rows * in);
-        for (int64_t m = 0; m < rows; ++m) {
-            scales[m] = quantize(row, widen_row(x + m * in, in, in, row), in, integers, offsets);
-            for (int64_t k = 0; k < in; ++k) {
-                high[m * in + k] = static_cast<int8_t>((integers[k] + 128) >> 8);
-                low[m * in + k] = static_cast<int8_t>(integers[k]);
-            }
+// Calls use(Turned) with the activations made ready for the matrix units.
+template <class Format, class T, class Use>
+void turned(const Weights& w, const T* x, int64_t rows, const Use& use) {
+    const int64_t width = rows <= 4 ? 4 : rows <= 8 ? 8 : 16, chunks = (chunks_of(w.in) + 1) / 2 * 2;
+    const int64_t count = chunks * CHUNK, bytes = count * (Format::INTEGERS ? 1 : 2);
+    Scratch<char> high(rows * bytes), low(rows * bytes), first(width * bytes), second(width * bytes);
+    Scratch<float> row(count), scales(width), sums(chunks);
+    Scratch<int32_t> offsets(chunks * width);
+    Scratch<int16_t> integers(count);
+    std::memset(offsets, 0, static_cast<size_t>(chunks * width) * sizeof(int32_t));
+    for (int64_t m = 0; m < rows; ++m) {
+        const float largest = widen_row(x + m * w.in, w.in, count, Format::ALIGNED_LEFT, row);
+        if (Format::INTEGERS) {
+            scales[m] = quantize(row, largest, count, integers, sums);
+            split(integers, count, reinterpret_cast<int8_t*>(high + m * bytes), reinterpret_cast<int8_t*>(low + m * bytes));
+            if (largest == largest)  // else the scale is NaN and so is the row
+                for (int64_t g = 0; g < chunks; ++g) offsets[g * width + m] = static_cast<int32_t>(sums[g]);
+        } else {
+            for (int64_t k = 0; k < count; k += FLOATS) store(reinterpret_cast<bf16*>(high + m * bytes) + k, load(row + k));
         }
-        amx::turn(reinterpret_cast<const char*>(static_cast<int8_t*>(high)), rows, words, first);
-        amx::turn(reinterpret_cast<const char*>(static_cast<int8_t*>(low)), rows, words, second);
-    } else {
-        amx::turn(reinterpret_cast<const char*>(x), rows, words, first);
     }
-    each_block(w, out, bias, rows, threads, [&](int64_t n, int count, float* sums) {
-        const char* weights = static_cast<const char*>(w.data) + n * bytes;
-        Scratch<char> copy(count < OUTPUTS ? OUTPUTS * bytes : 0);
-        if (count < OUTPUTS) {  // the tiles are full: zeros stand behind the last output
-            std::memcpy(copy, weights, static_cast<size_t>(count * bytes));
-            std::memset(copy + count * bytes, 0, static_cast<size_t>((OUTPUTS - count) * bytes));
-            weights = copy;
-        }
-        alignas(64) float block[OUTPUTS][amx::ROWS];
-        Format::multiply(w, weights, n, count, first, second, rows, block);
-        for (int64_t m = 0; m < rows; ++m)
-            for (int c = 0; c < count; ++c) sums[m * OUTPUTS + c] = block[c][m] * (Format::INTEGERS ? scales[m] : 1);
+    if (std::is_same_v<Format, Int4>)
+        for (int64_t m = 0; m < rows; ++m) swap_second_groups(high + m * bytes, low + m * bytes, count);
+    amx::turn(high, rows, bytes / 4, width, first);
+    if (Format::INTEGERS) amx::turn(low, rows, bytes / 4, width, second);
+    use(Turned{width, first, second, scales, offsets});
+}
+
+template <class Format, class T>
+void linear_by_tiles(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
+    const int64_t bytes = Format::bytes(w.in), lines = CHUNK * (Format::INTEGERS ? 1 : 2) / amx::LINE;
+    turned<Format>(w, x, rows, [&](const Turned& a) {
+        share_out(w, bytes, threads, [&](int64_t begin, int64_t end) {
+            amx::Unit unit(a.width);
+            alignas(64) float block[OUTPUTS][amx::ROWS];
+            Scratch<float> sums(rows * OUTPUTS);
+            for (int64_t n = begin; n < end; n += OUTPUTS) {
+                const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
+                const int64_t from = n < w.out - OUTPUTS ? n : w.out - OUTPUTS;  // a whole block, if need be further up
+                const amx::Block b{static_cast<const char*>(w.data) + from * bytes, bytes, chunks_of(w.in) * lines,
+                                   w.in / CHUNK * lines};
+                Format::multiply(w, b, from, a, block);
+                for (int64_t m = 0; m < rows; ++m)
+                    for (int c = 0; c < count; ++c)
+                        sums[m * OUTPUTS + c] = block[n - from + c][m] * (Format::INTEGERS ? a.scales[m] : 1);
+                write(w, sums, n, count, rows, bias, out);
+            }
+        });
     });
 }
 #endif
@@ -433,115 +560,30 @@ void linear_amx(const Weights& w, const T* x, T* out, const float* bias, int64_t
 template <class Format, class T>
 void linear(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
 #if defined(HYMBA_AMX)
-    if constexpr (Format::INTEGERS || std::is_same_v<T, bf16>)
-        if (rows >= Format::AMX_ROWS && rows <= amx::ROWS && w.in % CHUNK == 0 && amx::usable())
-            return linear_amx<Format>(w, x, out, bias, rows, threads);
+    const bool fits = w.out >= OUTPUTS && (Format::ALIGNED_LEFT || w.in >= CHUNK);
+    if (rows >= Format::AMX_ROWS && rows <= amx::ROWS && fits && amx::usable())
+        return linear_by_tiles<Format>(w, x, out, bias, rows, threads);
 #endif
-    const int together = rows == 1 ? 1 : rows == 2 ? 2 : MOST_ROWS;
-    const int64_t width = (w.in + CHUNK - 1) / CHUNK * CHUNK, all = (rows + together - 1) / together * together;
-    const int64_t groups = width / CHUNK;
-    Scratch<float> row(width), floats(Format::INTEGERS ? 0 : all * width), scales(all);
-    Scratch<IntVec> offsets(all * groups);
-    Scratch<int16_t> integers(Format::INTEGERS ? all * width : 0);
-    for (int64_t m = 0; m < all; ++m) {
-        const bool real = m < rows;  // the rest fill the last tile up
-        const float largest = widen_row(real ? x + m * w.in : x, real ? w.in : 0, width, row);
-        if (Format::INTEGERS)
-            scales[m] = quantize(row, largest, width, integers + m * width, offsets + m * groups);
-        else
-            part(row, width, floats + m * width);
-    }
-    const Activations a{all, width, floats, integers, scales, offsets};
-    each_block(w, out, bias, rows, threads, [&](int64_t n, int count, float* sums) {
-        for (int c = 0; c < count; c += N) {
-            if (together == 1) run<Format, 1>(w, n + c, a, rows, sums + c);
-            if (together == 2) run<Format, 2>(w, n + c, a, rows, sums + c);
-            if (together > 2) run<Format, MOST_ROWS>(w, n + c, a, rows, sums + c);
-        }
-    });
-}
-
-template <class Format>
-void linear(const Weights& w, int bf16_x, const void* x, void* out, const float* bias, int64_t rows, int threads) {
-    if (bf16_x)
-        linear<Format>(w, static_cast<const bf16*>(x), static_cast<bf16*>(out), bias, rows, threads);
-    else
-        linear<Format>(w, static_cast<const float*>(x), static_cast<float*>(out), bias, rows, threads);
-}
-
-// ---- Dequantisation ------------------------------------------------------------------------------------------------
-
-// Writes a row of the matrix, given that value(k, bytes) puts CHUNK of its values from k on, and scale(k) says theirs.
-template <class T, class Value, class Scale>
-HYMBA_INLINE void dequantize_row(int64_t in, T* out, const Value& value, const Scale& scale) {
-    typedef int8_t Bytes __attribute__((vector_size(FLOATS)));
-    for (int64_t k = 0; k < in; k += CHUNK) {
-        int8_t values[CHUNK];
-        value(k, values);
-        const float factor = scale(k);
-        for (int i = 0; i < CHUNK && k + i < in; i += FLOATS) {
-            const ShortVec half = __builtin_convertvector(load_as<Bytes>(values + i), ShortVec);  // GCC needs the step
-            const IntVec whole = __builtin_convertvector(half, IntVec);
-            const int64_t rest = in - k - i;
-            store(out + k + i, __builtin_convertvector(whole, Vec<float>) * factor,
-                  rest < FLOATS ? static_cast<int>(rest) : FLOATS);
-        }
-    }
-}
-
-template <class T>
-void dequantize(int bits, const Weights& w, T* out, int threads) {
-    const int64_t groups = (w.in + CHUNK - 1) / CHUNK;
-    const int8_t* bytes = static_cast<const int8_t*>(w.data);
-    const auto eight = [&](int64_t n) {
-        const int8_t* row = bytes + n * w.in;
-        const auto value = [&](int64_t k, int8_t* to) __attribute__((always_inline)) {
-            if (k + CHUNK <= w.in)
-                std::memcpy(to, row + k, CHUNK);
-            else
-                std::memcpy(to, row + k, static_cast<size_t>(w.in - k));
-        };
-        const float scale = static_cast<const float*>(w.scales)[n];
-        dequantize_row(w.in, out + n * w.in, value, [&](int64_t) { return scale; });
-    };
-    const auto four = [&](int64_t n) {
-        const auto value = [&](int64_t k, int8_t* to) __attribute__((always_inline)) {
-            const int8_t* halves = bytes + (n * groups * CHUNK + k) / 2;
-            for (int i = 0; i < CHUNK / 2; ++i) {
-                to[i] = static_cast<int8_t>((halves[i] & 15) - 8);
-                to[CHUNK / 2 + i] = static_cast<int8_t>((halves[i] >> 4 & 15) - 8);
-            }
-        };
-        const bf16* scales = static_cast<const bf16*>(w.scales) + n * groups;
-        dequantize_row(w.in, out + n * w.in, value, [&](int64_t k) { return widen(scales[k / CHUNK]); });
-    };
-    parallel_for((w.out + OUTPUTS - 1) / OUTPUTS, threads, [&](int64_t task) {
-        const int64_t end = (task + 1) * OUTPUTS < w.out ? (task + 1) * OUTPUTS : w.out;
-        for (int64_t n = task * OUTPUTS; n < end; ++n) bits == 8 ? eight(n) : four(n);
-    });
+    linear_by_vectors<Format>(w, x, out, bias, rows, threads);
 }
 
 }  // namespace
 }  // namespace hymba
 
-// Writes the matrix (outputs, in) that an 8- or 4-bit weight stands for, in bf16 or float.
-HYMBA_API void hymba_dequantize(int bits, const void* weight, const void* scales, int bf16_out, void* out, int64_t in,
-                                int64_t outputs, int threads) {
-    using namespace hymba;
-    const Weights w{weight, scales, in, outputs};
-    if (bf16_out)
-        dequantize(bits, w, static_cast<bf16*>(out), threads);
-    else
-        dequantize(bits, w, static_cast<float*>(out), threads);
-}
-
 // out (rows, outputs) = x (rows, in) · weightᵀ + bias. `bits` is 16, 8 or 4 a weight; `scales` is null for 16, `bias`
-// (outputs,) or null. x and out are both bf16 or both float. Everything is contiguous.
+// (outputs,) or null. x and out are both bf16 or, with 8 or 4 bits, both float. Everything is contiguous.
 HYMBA_API void hymba_linear(int bits, const void* weight, const void* scales, const float* bias, const void* x,
                             int bf16_x, void* out, int64_t rows, int64_t in, int64_t outputs, int threads) {
     using namespace hymba;
     const Weights w{weight, scales, in, outputs};
-    if (bits == 16) linear<Bfloat>(w, bf16_x, x, out, bias, rows, threads);
-    if (bits == 8) linear<Int8>(w, bf16_x, x, out, bias, rows, threads);
-    if (bits == 4) linear<Int4>(w, bf16_x, x, out, bias, rows, threads);
+    const auto run = [&](auto type) {
+        using T = decltype(type);
+        const T* from = static_cast<const T*>(x);
+        T* to = static_cast<T*>(out);
+        if (bits == 8) linear<Int8>(w, from, to, bias, rows, threads);
+        if (bits == 4) linear<Int4>(w, from, to, bias, rows, threads);
+        if constexpr (std::is_same_v<T, bf16>)
+            if (bits == 16) linear<Bfloat>(w, from, to, bias, rows, threads);
+    };
+    bf16_x ? run(bf16{}) : run(float{});
 }

@@ -14,6 +14,7 @@ from hymba.ops.linear import cpu
 from hymba.ops.linear.weight import QuantizedWeight
 
 MOST_ROWS = 16  # beyond, the matrix units of torch's product win
+BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}  # of an entry, by the dtype of a weight's values
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -21,28 +22,34 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
 
     Takes bfloat16 and quantised weights beside bfloat16 or float32 inputs, where no gradient is wanted.
     """
-    values, scales, bits = _parts(weight)
-    if _unfit(x, values, bias):
+    values, scales = (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+    bits, shape = BITS.get(values.dtype), x.shape
+    if bits is None or _unfit(x, values, bias, bits):
         return cpu.linear(x, weight, bias)
-    if x.numel() > MOST_ROWS * x.shape[-1]:
+    inputs = shape[-1]
+    rows = x.numel() // inputs
+    if rows > MOST_ROWS:
         if isinstance(weight, QuantizedWeight):
             buffer = x.new_empty(cpu.block_size(weight), weight.in_features)
             return cpu.by_blocks(x, weight, bias, lambda block, dtype: dequantize(block, dtype, buffer))
         return cpu.linear(x, weight, bias)
-    x = x.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    out = x.new_empty((*x.shape[:-1], values.shape[0]))
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    outputs = values.shape[0]
+    out = x.new_empty((*shape[:-1], outputs))
     _functions(native.library())[0](
         bits,
         values.data_ptr(),
         None if scales is None else scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         x.data_ptr(),
-        x.dtype == torch.bfloat16,
+        x.dtype is torch.bfloat16,
         out.data_ptr(),
-        x.numel() // x.shape[-1],
-        x.shape[-1],
-        values.shape[0],
+        rows,
+        inputs,
+        outputs,
         torch.get_num_threads(),
     )
     return out
@@ -66,13 +73,6 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype, buffer: Tensor | Non
     return out
 
 
-def _parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
-    """Return the values, the scales and the bits of a weight."""
-    if isinstance(weight, QuantizedWeight):
-        return weight.values, weight.scales, weight.bits
-    return weight, None, 16
-
-
 @functools.cache
 def _functions(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[..., None]]:
     """Return hymba_linear and hymba_dequantize, told what they take: plain numbers then pass as they are."""
@@ -84,15 +84,14 @@ def _functions(library: ctypes.CDLL) -> tuple[Callable[..., None], Callable[...,
     return product, widen
 
 
-def _unfit(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+def _unfit(x: Tensor, values: Tensor, bias: Tensor | None, bits: int) -> bool:
     """Return whether the torch path must serve: gradients, autocast, or a dtype or layout that has no kernel."""
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    )
     return (
-        wants_gradient
-        or values.dtype not in (torch.bfloat16, torch.int8, torch.uint8)
-        or x.dtype not in ((torch.bfloat16,) if values.dtype == torch.bfloat16 else (torch.bfloat16, torch.float32))
+        (
+            torch.is_grad_enabled()
+            and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        or not (x.dtype is torch.bfloat16 or (x.dtype is torch.float32 and bits != 16))
         or not values.is_contiguous()
         or not values.is_cpu
         or x.numel() == 0
