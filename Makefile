@@ -7,9 +7,10 @@ PROMPT ?= It was a cold morning, and
 BENCH := $(BIN)/python -m benchmarks
 RECORD := --out benchmarks/results
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+SANITIZED := HYMBA_KERNELS=$(CURDIR)/build/sanitized
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check lint quick format docs bench bench-report clean
+.PHONY: help setup demo test check lint quick sanitize format docs bench bench-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -37,6 +38,12 @@ lint: setup
 
 quick: setup
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow"
+
+sanitize: setup  ## the kernels' tests with kernels under AddressSanitizer and UBSan
+	$(SANITIZED) $(BIN)/python -m hymba.ops.native.build -O1 -g -fsanitize=address,undefined -fno-sanitize-recover
+	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" \
+		tests/ops/test_linear.py $(filter-out %_library.py,$(wildcard tests/ops/test_native_*.py))
 
 format: setup  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .

@@ -38,9 +38,14 @@ def levels() -> dict[str, tuple[str, ...]]:
     return _LEVELS.get(machine, {"portable": ()})
 
 
-def library_path(level: str, directory: Path = NATIVE) -> Path:
+def home() -> Path:
+    """Return where the libraries lie: beside this file, or where ``HYMBA_KERNELS`` says, as for sanitized ones."""
+    return Path(os.environ.get("HYMBA_KERNELS") or NATIVE)
+
+
+def library_path(level: str, directory: Path | None = None) -> Path:
     """Return where a level's shared library lies."""
-    return directory / f"hymba_{level}.so"
+    return (directory or home()) / f"hymba_{level}.so"
 
 
 def sources() -> list[Path]:
@@ -54,15 +59,15 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
-def build(directory: Path = NATIVE, extra: tuple[str, ...] = ()) -> list[Path]:
-    """Compile every level into `directory`, with `extra` compiler flags; return the libraries.
+def build(directory: Path | None = None, extra: tuple[str, ...] = ()) -> list[Path]:
+    """Compile every level into `directory` or :func:`home`, with `extra` compiler flags; return the libraries.
 
     Raises:
         BuildError: there is no C++ compiler, or it failed.
     """
     compiler = _compiler()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda level: _compile(compiler, level, directory, extra), levels()))
+        return list(pool.map(lambda level: _compile(compiler, level, directory or home(), extra), levels()))
 
 
 def _compiler() -> str:
