@@ -201,10 +201,11 @@ HYMBA_AMX inline void multiply_int4(const char* weights, const bf16* scales, con
     Scratch<float> wide(16 * stride);
     for (int n = 0; n < 16; ++n)
         for (int64_t g = 0; g < groups; g += 16)
-            store(wide + n * stride + g, load(scales + n * groups + g, groups - g < 16 ? static_cast<int>(groups - g) : 16));
+            store(wide + n * stride + g,
+                  load(scales + n * groups + g, groups - g < 16 ? static_cast<int>(groups - g) : 16));
     __m512 sums[16];
     for (int n = 0; n < 16; ++n) sums[n] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs + 2; ++p) {  // while a pair is multiplied, the next is unpacked and the last added up
+    for (int64_t p = 0; p < pairs + 2; ++p) {  // a pair is unpacked, one before it multiplied, and one before added
         if (p < pairs) {
             prefetch<16>(weights, bytes, p * LINE);
             unpack(weights + p * LINE, bytes, 2 * p + 1 < groups, values[p % 2]);

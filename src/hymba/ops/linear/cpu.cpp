@@ -8,8 +8,8 @@
 // One row reads its weights as one stream, output after output, for that is how memory is fastest. Where `in` is not a
 // multiple of CHUNK, the last chunk of weights reaches back over the one before, and the activations there are zero.
 //
-// An output is summed in the same order whatever the number of threads, and of rows, until the matrix units (amx.h) take
-// over: then int8 stays the same bit for bit, and the others to the rounding of a float sum.
+// An output is summed in the same order whatever the number of threads, and of rows, until the matrix units (amx.h)
+// take over: then int8 stays the same bit for bit, and the others to the rounding of a float sum.
 #include "amx.h"
 #include "weights.h"
 
@@ -88,7 +88,8 @@ struct Bfloat {
     static int64_t bytes(int64_t in) { return 2 * in; }
 
 #if defined(HYMBA_AMX)
-    static void multiply(const Weights&, const amx::Block& b, int64_t, const Turned& x, float (&out)[OUTPUTS][amx::ROWS]) {
+    static void multiply(const Weights&, const amx::Block& b, int64_t, const Turned& x,
+                         float (&out)[OUTPUTS][amx::ROWS]) {
         amx::multiply_bf16(b, x.first, x.width, out[0]);
     }
 #endif
@@ -102,7 +103,8 @@ struct Bfloat {
             const bf16* rows[S];
             for (int c = 0; c < S; ++c) rows[c] = row_of<bf16>(w.data, w.in, w, n, q + c);
             Vec<float> even[M][S] = {}, odd[M][S] = {};
-            each_chunk(rows, w.in, 0, w.in, [&](const bf16* const(&rows)[S], int64_t at, int64_t k) __attribute__((always_inline)) {
+            each_chunk(rows, w.in, 0, w.in, [&](const bf16* const(&rows)[S], int64_t at, int64_t k)
+                                                __attribute__((always_inline)) {
 #pragma GCC unroll 8
                 for (int i = 0; i < CHUNK; i += 2 * FLOATS) {
                     UintVec pairs[S];
@@ -223,7 +225,8 @@ struct Int8 {
         const int8_t* rows[S];
         for (int c = 0; c < S; ++c) rows[c] = row_of<int8_t>(w.data, w.in, w, n, q + c);
         IntVec first[M][S] = {}, second[M][S] = {};
-        each_chunk(rows, w.in, begin, end, [&](const int8_t* const(&rows)[S], int64_t at, int64_t k) __attribute__((always_inline)) {
+        each_chunk(rows, w.in, begin, end, [&](const int8_t* const(&rows)[S], int64_t at, int64_t k)
+                                               __attribute__((always_inline)) {
             Shorts low[S], high[S];
 #pragma GCC unroll 8
             for (int c = 0; c < S; ++c) {
@@ -519,11 +522,13 @@ void turned(const Weights& w, const T* x, int64_t rows, const Use& use) {
         const float largest = widen_row(x + m * w.in, w.in, count, Format::ALIGNED_LEFT, row);
         if (Format::INTEGERS) {
             scales[m] = quantize(row, largest, count, integers, sums);
-            split(integers, count, reinterpret_cast<int8_t*>(high + m * bytes), reinterpret_cast<int8_t*>(low + m * bytes));
+            split(integers, count, reinterpret_cast<int8_t*>(high + m * bytes),
+                  reinterpret_cast<int8_t*>(low + m * bytes));
             if (largest == largest)  // else the scale is NaN and so is the row
                 for (int64_t g = 0; g < chunks; ++g) offsets[g * width + m] = static_cast<int32_t>(sums[g]);
         } else {
-            for (int64_t k = 0; k < count; k += FLOATS) store(reinterpret_cast<bf16*>(high + m * bytes) + k, load(row + k));
+            bf16* to = reinterpret_cast<bf16*>(high + m * bytes);
+            for (int64_t k = 0; k < count; k += FLOATS) store(to + k, load(row + k));
         }
     }
     if (std::is_same_v<Format, Int4>)

@@ -56,8 +56,8 @@ void parallel_rows(int64_t rows, int64_t width, int64_t grain, int threads, cons
     });
 }
 
-// The same for tasks that lie one behind the other in memory: each thread has a stretch of its own, so that what it calls
-// for ahead of time is what it needs next, and helps with the others' when that is done.
+// The same for tasks that lie one behind the other in memory: each thread has a stretch of its own, so that what it
+// calls for ahead of time is what it needs next, and helps with the others' when that is done.
 template <class Body>
 void parallel_stretches(int64_t tasks, int threads, const Body& body) {
     constexpr int MOST = 32;
