@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import struct
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -14,55 +17,65 @@ from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
 
 _NO_WINDOW = torch.iinfo(torch.int64).max
+_DECODE = struct.Struct("28q")  # `struct Decode` of cpu.cpp; a ctypes.Structure would take three times as long to fill
 
 
 def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
     """C++ path for :func:`hymba.ops.attention.attention`, same signature."""
-    if (
-        isinstance(k, QuantizedHeads)
-        or isinstance(v, QuantizedHeads)
-        or mask.get("query_documents") is not None
-        or _unfit(q, k, v)
-    ):
+    if q.shape[1] != 1 or mask.get("query_documents") is not None or _unfit(q, k, v):
         return cpu.attention(q, k, v, **mask)
-    query_positions, key_positions, window = mask["query_positions"], mask["key_positions"], mask["window"]
-    q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
-    keys = key_positions if key_positions.stride(1) == 1 else key_positions.contiguous()
-    queries = query_positions.contiguous()
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    sizes = (
-        *q.shape[::2],
-        *k.shape[2:0:-1],
-        q.shape[3],
-        v.shape[3],
-        _NO_WINDOW if window is None else window,
-        mask["num_meta"],
-    )
-    strides = (q.stride(0), *k.stride()[:2], *v.stride()[:2], keys.stride(0))
-    tensors = (x.data_ptr() for x in (q, k, v, queries, keys, out))
-    arguments = _Arguments(*sizes, native.DTYPES.index(q.dtype), torch.get_num_threads(), *strides, *tensors)
-    native.library().hymba_decode_attention(ctypes.byref(arguments))  # type: ignore[union-attr]
+    queries, positions, window = mask["query_positions"].contiguous(), mask["key_positions"], mask["window"]
+    if positions.stride(1) != 1:
+        positions = positions.contiguous()
+    q = q.contiguous()
+    (keys, key_scales), (values, value_scales) = _stored(k), _stored(v)
+    (rows, _, heads, width), (_, slots, groups, value_width) = q.shape, values.shape
+    out = q.new_empty((rows, 1, heads, value_width))
+    sizes = rows, heads, groups, slots, width, value_width, _NO_WINDOW if window is None else window, mask["num_meta"]
+    strides = heads * width, *keys.stride()[:2], *values.stride()[:2], positions.stride(0)
+    scales = (0, 0, 0, 0), (0, 0)
+    if key_scales is not None and value_scales is not None:
+        scales = (
+            (*key_scales.stride()[:2], *value_scales.stride()[:2]),
+            (key_scales.data_ptr(), value_scales.data_ptr()),
+        )
+    tensors = q.data_ptr(), keys.data_ptr(), values.data_ptr(), *scales[1]
+    tensors = *tensors, queries.data_ptr(), positions.data_ptr(), out.data_ptr()
+    dtype, threads = native.DTYPES.index(q.dtype), torch.get_num_threads()
+    _decode(native.library())(_DECODE.pack(*sizes, dtype, threads, *strides, *scales[0], *tensors))
     return out
 
 
-def _unfit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether torch's kernels must serve: several queries, gradients, or a dtype that has no kernel."""
+def _stored(x: Heads) -> tuple[Tensor, Tensor | None]:
+    """Return the entries and the scales, if any, as the kernel reads them: heads and their widths dense."""
+    if not isinstance(x, QuantizedHeads):
+        return (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()), None
+    entries, scales = x.values, x.scales
     return (
-        q.shape[1] != 1
-        or k.shape[1] == 0
-        or not q.dtype == k.dtype == v.dtype
+        entries if entries.stride()[2:] == (entries.shape[3], 1) else entries.contiguous(),
+        scales if scales.stride(2) == 1 else scales.contiguous(),
+    )
+
+
+def _unfit(q: Tensor, k: Heads, v: Heads) -> bool:
+    """Return whether torch's kernels must serve: gradients, no keys, or a dtype that has no kernel."""
+    if isinstance(k, QuantizedHeads) and isinstance(v, QuantizedHeads):
+        wants_gradient = q.requires_grad
+    elif isinstance(k, QuantizedHeads) or isinstance(v, QuantizedHeads) or not q.dtype == k.dtype == v.dtype:
+        return True
+    else:
+        wants_gradient = q.requires_grad or k.requires_grad or v.requires_grad
+    return (
+        k.shape[1] == 0
         or q.dtype not in native.DTYPES[:2]
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or (wants_gradient and torch.is_grad_enabled())
         or bool(native.why_unfit(q))
     )
 
 
-class _Arguments(ctypes.Structure):
-    """`struct Decode` of cpu.cpp, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "groups", "slots", "key_width", "value_width")),
-        *((name, ctypes.c_int64) for name in ("window", "num_meta", "dtype", "threads")),
-        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "k_slot", "v_row", "v_slot", "positions_row")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "query_positions", "key_positions", "out")),
-    )
+@functools.cache
+def _decode(library: ctypes.CDLL) -> Callable[[bytes], None]:
+    """Return hymba_decode_attention, told that it takes the packed bytes of its argument."""
+    function = library.hymba_decode_attention
+    function.argtypes, function.restype = (ctypes.c_char_p,), None
+    return function
