@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hymba.errors import HymbaError
 from hymba.hf import HymbaConfig, HymbaForCausalLM, HymbaModel
-from hymba.model import released_name
+from hymba.model import load, quantize, released_name, save
 
 TINY_A = Path(__file__).parent.parent / "fixtures/tiny_a"
 META = 4
@@ -124,3 +124,9 @@ def test_a_file_is_not_completed_by_defaults(tmp_path: Path) -> None:
     (tmp_path / "broken/config.json").write_text(json.dumps(config))
     with pytest.raises(HymbaError, match="num_memory_tokens"):
         HymbaForCausalLM.from_pretrained(tmp_path / "broken")
+
+
+def test_a_quantised_checkpoint_is_told(tmp_path: Path) -> None:
+    save(quantize(load(TINY_A), 4), tmp_path)
+    with pytest.raises(HymbaError, match=r"the checkpoint is quantised.*use hymba\.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
