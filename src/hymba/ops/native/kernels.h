@@ -137,19 +137,18 @@ HYMBA_INLINE Vec<float> widen(HalfVec x) {
     return reinterpret_cast<Vec<float>>(__builtin_convertvector(x, UintVec) << 16);
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
-HYMBA_INLINE HalfVec narrow(Vec<float> x) {
-    UintVec bits = reinterpret_cast<UintVec>(x);
-    UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    UintVec quiet = (bits >> 16) | 0x40u;
-    return __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
+// The nearest bfloat16 in the upper half of every lane, ties to even; a NaN stays one.
+HYMBA_INLINE UintVec rounded_bits(Vec<float> x) {
+    const UintVec bits = reinterpret_cast<UintVec>(x);
+    return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
 }
+HYMBA_INLINE HalfVec narrow(Vec<float> x) { return __builtin_convertvector(rounded_bits(x) >> 16, HalfVec); }
 
 // x as it comes back from memory that holds T.
 template <class T, class V>
 HYMBA_INLINE V rounded(V x) {
     if constexpr (std::is_same_v<T, bf16>)
-        return widen(narrow(x));
+        return reinterpret_cast<V>(rounded_bits(x) & 0xffff0000u);
     else
         return x;
 }
