@@ -37,9 +37,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, dense = (*ctx.saved_tensors, grad), torch.contiguous_format
-        grad_gate, grad_up = (torch.empty_like(x, memory_format=dense) for x in ctx.saved_tensors)
-        (gate, gate_stride), (up, up_stride), (grad, grad_stride) = (native.as_rows(x) for x in inputs)
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+        (gate, gate_stride), (up, up_stride), (grad, grad_stride) = (native.as_rows(x) for x in (gate, up, grad))
         inputs = gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, 0, grad.data_ptr(), grad_stride
         ctx.library.hymba_gated_silu_backward(_pack(*_sizes(gate), *inputs, grad_gate.data_ptr(), grad_up.data_ptr()))
         return grad_gate, grad_up

@@ -71,9 +71,8 @@ class _Norms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, x_weight, y_weight = ctx.saved_tensors
-        dense = torch.contiguous_format
-        grads = [None if v is None else torch.empty_like(v, memory_format=dense) for v in ctx.saved_tensors]
+        x, y, x_weight, y_weight = inputs = ctx.saved_tensors  # to be read once, for gradient checkpointing
+        grads = [None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs]
         to_x, to_y, to_x_weight, to_y_weight = (0 if v is None else v.data_ptr() for v in grads)
         rows, stride = native.as_rows(grad)
         count, width, threads = x.numel() // x.shape[-1], x.shape[-1], torch.get_num_threads()
