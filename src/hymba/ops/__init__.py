@@ -3,6 +3,7 @@
 from hymba.ops.attention import attention
 from hymba.ops.backend import use_backend
 from hymba.ops.causal_conv1d import causal_conv1d
+from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
 from hymba.ops.rms_norm import mean_of_norms, rms_norm
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d",
     "gated_silu",
     "linear",
+    "linear_cross_entropy",
     "mean_of_norms",
     "rms_norm",
     "rotary_tables",

@@ -1,0 +1,43 @@
+"""Cross entropy of a language model's head, without all of its logits at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hymba.errors import HymbaError
+from hymba.ops.backend import choose
+from hymba.ops.cross_entropy import native, reference
+
+IMPLEMENTATIONS = {
+    "reference": reference.linear_cross_entropy,
+    "cpu": reference.linear_cross_entropy,
+    "native": native.linear_cross_entropy,
+}
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum −ln p of `targets`, p being the softmax of x Wᵀ.
+
+    Differentiable in `x` and `weight`.
+
+    Args:
+        x: (..., D) hidden states.
+        weight: (vocabulary, D), the head.
+        targets: (...) int64 token numbers; where one is negative there is no loss.
+
+    Returns:
+        The sum in nats, a number in at least float32. Logits are in the dtype of linear maps, the rest is in at least
+        float32.
+
+    Raises:
+        HymbaError: a target is beyond the vocabulary, or the shapes do not fit together.
+    """
+    if x.shape[:-1] != targets.shape or x.shape[-1:] != weight.shape[1:]:
+        shapes = ", ".join(str(tuple(v.shape)) for v in (x, weight, targets))
+        raise HymbaError(f"linear_cross_entropy: hidden states, head and targets do not fit together: {shapes}")
+    if targets.numel() and int(targets.max()) >= weight.shape[0]:
+        raise HymbaError(f"a target is {int(targets.max())}, the vocabulary has {weight.shape[0]} tokens")
+    return choose(IMPLEMENTATIONS, x)(x, weight, targets)
+
+
+__all__ = ["IMPLEMENTATIONS", "linear_cross_entropy"]

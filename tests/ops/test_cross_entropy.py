@@ -1,0 +1,88 @@
+"""The loss of a head against its definition: every instruction level, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels import assert_close
+from torch import Tensor
+
+from hymba.errors import HymbaError
+from hymba.ops import linear_cross_entropy, native, use_backend
+from hymba.ops.cross_entropy import native as loss
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def problem(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (2, rows, 12), a head, and targets of which some carry no loss."""
+    g = torch.Generator().manual_seed(vocabulary)
+    x = torch.randn(2, rows, 12, generator=g, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 12, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, vocabulary, (2, rows), generator=g)
+    targets[0, 0] = -100
+    return x.to(dtype), weight.to(dtype), targets
+
+
+def run(backend: str, x: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    x, weight = (v.detach().requires_grad_() for v in (x, weight))
+    with use_backend(backend):
+        out = linear_cross_entropy(x, weight, targets)
+    (out / 8).backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    return {"loss": out / targets.numel(), "d x": x.grad, "d weight": weight.grad}
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 17, 100, 3073])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 2.0**-5)]
+)
+def test_equals_the_definition(
+    level: str, dtype: torch.dtype, tolerance: float, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where blocks divide the rows unevenly, and where only the loss is wanted."""
+    monkeypatch.setattr(loss, "BLOCK", 5 * vocabulary)
+    inputs = problem(7, vocabulary, dtype)
+    x, weight, targets = inputs
+    ours = run("native", *inputs)
+    assert [v.dtype for v in ours.values()] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
+    assert_close(ours, run("reference", x.double(), weight.double(), targets), tolerance)
+    assert torch.equal(linear_cross_entropy(x, weight, targets) / targets.numel(), ours["loss"])
+
+
+def test_autocast_keeps_the_heads_gradient_wide(level: str) -> None:
+    x, weight, targets = problem(20, 300, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run("native", x.bfloat16(), weight, targets)
+        theirs = run("reference", x.bfloat16(), weight, targets)
+    assert ours["d weight"].dtype == torch.float32
+    assert_close(ours, theirs, 2.0**-6)
+
+
+def test_logits_far_from_zero_neither_overflow_nor_vanish(level: str) -> None:
+    weight = torch.tensor([[-1000.0], [-1001.0], [-1002.0]])
+    for sign in (1, -1):
+        inputs = torch.tensor([[sign * 1.0]]), weight, torch.tensor([1])
+        assert_close(run("native", *inputs), run("reference", *inputs), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
+    inputs, before, results = problem(50, 1000, dtype), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(linear_cross_entropy(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight, targets = problem(3, 5)
+    with pytest.raises(HymbaError, match="vocabulary has 5"):
+        linear_cross_entropy(x, weight, targets + 5)
+    with pytest.raises(HymbaError, match="fit together"):
+        linear_cross_entropy(x, weight, targets[:1])
+    assert float(linear_cross_entropy(x[:, :0], weight, targets[:, :0])) == 0
