@@ -62,6 +62,7 @@ class ReadBandwidth:
         """Return the fields that a result carries: gigabytes per second, and how far the passes lie apart."""
         return {
             "bandwidth_gb_s": round(self.median / 1e9, 2),
+            "bandwidth_best_gb_s": round(max(self.passes) / 1e9, 2),
             "bandwidth_spread": round((max(self.passes) - min(self.passes)) / self.median, 3),
         }
 

@@ -63,6 +63,9 @@ def ops(
     out: Out = None,
 ) -> None:
     """Time the ops of one model size: C++ kernels, the torch path, the reference, in turn within one run."""
+    chosen = [make for name, make in CASES.items() if only is None or only in name]
+    if not chosen:
+        raise HymbaError(f"no op has {only!r} in its name: they are {', '.join(CASES)}")
     use_threads(threads)
     torch.manual_seed(SEED)
     shapes = HymbaConfig.named(config)
@@ -70,9 +73,6 @@ def ops(
     bandwidth.measure()
     peak = matrix_peak()
     measured = []
-    chosen = [make for name, make in CASES.items() if only is None or only in name]
-    if not chosen:
-        raise HymbaError(f"no op has {only!r} in its name: they are {', '.join(CASES)}")
     with bar(f"ops of {config}", len(chosen)) as step:
         for make in chosen:
             for case in make(shapes):  # one after another, so that one is in memory at a time

@@ -2,7 +2,7 @@
 
 Every model runs in a process of its own, one at a time, and the rounds interleave them: a machine that slows down slows
 all. Weights are random; what is timed is a prompt, then greedy decoding of one sequence with the model's own cache. The
-read bandwidth is measured before each.
+read bandwidth is measured before and after each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.timing import peak_rss, seconds
 from hymba.errors import HymbaError
 
 BASE = "hymba-1.5b-bf16"  # what ratios are against
-PASSES = 3  # of the bandwidth, before each model
+PASSES = 3  # of the bandwidth, before each model and after it
 STORE = ROOT / "runs" / "peers"
 
 
@@ -134,7 +134,7 @@ class Log:
 
 
 def measure(peer: Peer, settings: Mapping[str, Any], store: Path, llama_python: Path | None) -> dict[str, Any]:
-    """Measure the bandwidth, then one model in a process of its own.
+    """Measure one model in a process of its own, and the bandwidth before and after it.
 
     Raises:
         HymbaError: the process failed; the message holds its last line.
@@ -156,6 +156,7 @@ def measure(peer: Peer, settings: Mapping[str, Any], store: Path, llama_python: 
     if finished.returncode:
         reason = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
         raise HymbaError(f"{peer.name} failed: {reason}")
+    bandwidth.measure(PASSES)
     return dict(json.loads(finished.stdout.splitlines()[-1])) | {"bandwidth_gb_s": bandwidth.median / 1e9}
 
 
