@@ -94,7 +94,7 @@ class Step:
         for part in range(parts):
             chosen = slice(part * self.recipe.rows_at_once, (part + 1) * self.recipe.rows_at_once)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-                loss = self.model(**{name: x[chosen] for name, x in self.batch.items()}).loss
+                loss = self.model(**{name: x[chosen] for name, x in self.batch.items()}, skip_logits=True).loss
             (loss / parts).backward()
         if self.recipe.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)

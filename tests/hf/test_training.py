@@ -72,3 +72,19 @@ def test_untied_and_resized_embeddings(build: Callable[..., HymbaForCausalLM], t
     assert again.lm_head.weight.data_ptr() != again.get_input_embeddings().weight.data_ptr()
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("count", [None, 7, torch.tensor(7)])
+def test_a_loss_without_logits_is_the_same_loss(
+    build: Callable[..., HymbaForCausalLM], count: int | Tensor | None
+) -> None:
+    labels = IDS.clone()
+    labels[0, :6] = -100
+    results = []
+    for skip in (False, True):
+        model = build().train()
+        output = model(IDS, labels=labels, skip_logits=skip, num_items_in_batch=count)
+        output.loss.backward()
+        results.append((output.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        assert (output.logits is None) == skip
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -21,6 +22,7 @@ from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_posit
 from hymba.model import Hymba, Scheme
 from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
 from hymba.model.init import init_module
+from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.precision import accumulate_dtype
 
 logger = logging.get_logger(__name__)
@@ -156,6 +158,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     Args:
         labels: (B, T) int64, the input's own tokens (shifted by one inside), −100 where there is no loss.
         logits_to_keep: how many last columns, or which columns, to compute logits of; 0 is all.
+        skip_logits: with labels, compute the loss alone, a block of rows at a time: the logits never exist as a whole.
         others: as :class:`HymbaModel`.
 
     Returns:
@@ -183,6 +186,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model and its head."""
@@ -196,12 +200,15 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        scores = self.lm_head(output.last_hidden_state[:, kept])
-        logits = scores.to(accumulate_dtype(scores))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss = logits = None
+        if labels is not None and skip_logits:
+            loss = self._loss(output.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            scores = self.lm_head(output.last_hidden_state[:, kept])
+            logits = scores.to(accumulate_dtype(scores))
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -209,6 +216,12 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
+        """Return what `loss_function` would of the logits: a sum over tokens, divided by `count` or by their number."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return total / ((targets >= 0).sum() if count is None else count)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Load the generation config, and turn its cache on."""

@@ -78,6 +78,10 @@ class PretrainingTrainer(Trainer):
         """Count nothing: Trainer would walk over the model at each micro-batch."""
         return 0
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """Compute the loss alone; nobody here looks at logits."""
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, *rest, **options)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure on some rows of the held-out files, spread evenly."""
         assert isinstance(self.eval_dataset, PackedRows)
@@ -100,7 +104,7 @@ class PretrainingTrainer(Trainer):
         for batch in loader:
             batch = {name: values.to(self.args.device) for name, values in batch.items()}
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            nats += self.model(**batch).loss.double() * count
+            nats += self.model(**batch, skip_logits=True).loss.double() * count
             targets += count
         return float(nats) / targets / math.log(2) * rows.corpus.tokens_per_byte
 
