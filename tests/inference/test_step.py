@@ -6,7 +6,7 @@ from micro import micro_model
 
 from hymba.errors import HymbaError
 from hymba.inference.step import DecodeStep
-from hymba.model import Cache, Hymba
+from hymba.model import Cache, Hymba, quantize
 from hymba.ops import native
 from hymba.ops.backend import use_backend
 from hymba.ops.recording import Recording
@@ -85,3 +85,22 @@ def test_torch_operations_can_be_recorded_too() -> None:
                 tokens.fill_(token)
                 recording.replay()
             torch.testing.assert_close(hidden, model(torch.tensor([[token]]), cache=other).hidden)
+
+
+@pytest.mark.parametrize("weights", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_recorded_steps_of_quantised_models_equal_the_model(weights: int | None, bits: int | None) -> None:
+    model = micro_model().requires_grad_(False)
+    if weights is not None:
+        quantize(model, weights)
+    ours, theirs = (model.allocate_cache(2, 30, bits) for _ in range(2))
+    step, draw = DecodeStep(model, ours), torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        tokens = torch.randint(61, (2,), generator=draw)
+        with torch.no_grad():
+            expected = model.logits(model(tokens[:, None], cache=theirs).hidden[:, -1])
+        torch.testing.assert_close(step(tokens), expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
+    if bits is not None:
+        # What lay between two whole numbers may be rounded to either.
+        assert int((ours.keys[0].values.int() - theirs.keys[0].values.int()).abs().max()) <= 1
+        torch.testing.assert_close(ours.keys[0].scales, theirs.keys[0].scales)
