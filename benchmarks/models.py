@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.command import Weights
 from hymba.errors import HymbaError
 from hymba.model import Cache, Hymba, HymbaConfig, init_weights
+from hymba.ops.attention import QuantizedHeads
 
 SEED = 0
 
@@ -80,5 +81,6 @@ def kv_bytes(cache: Cache, tokens: float) -> float:
         window = config.window(layer)
         assert window is None or ring == window + 1
         for held in (cache.keys[owner], cache.values[owner]):
-            total += used * held[:, 0].nbytes
+            parts = (held.values, held.scales) if isinstance(held, QuantizedHeads) else (held,)
+            total += used * sum(part[:, 0].nbytes for part in parts)
     return total
