@@ -134,7 +134,8 @@ def test_8_bits_equal_the_computation_with_what_they_stand_for(monkeypatch, cuts
     assert {type(x) for x in (*cache.keys.values(), *cache.values.values())} == {QuantizedHeads}
     rounding_by_hand(monkeypatch)
     wanted, _ = run(model, tokens, cuts)
-    tolerance = (0.02 if dtype == torch.bfloat16 else 1e-4) * float(wanted.abs().max())
+    # By hand, what they stand for is rounded to the dtype once more.
+    tolerance = (0.05 if dtype == torch.bfloat16 else 1e-4) * float(wanted.abs().max())
     torch.testing.assert_close(hidden, wanted, atol=tolerance, rtol=0)
 
 
