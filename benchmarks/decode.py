@@ -33,6 +33,7 @@ from benchmarks.machine import ReadBandwidth
 from benchmarks.models import all_weight_bytes, kv_bytes, random_model, random_tokens, state_bytes, weight_bytes
 from benchmarks.timing import forget_peak, milliseconds, peak_rss, seconds, timed_kernels
 from hymba.inference.generate import PREFILL_CHUNK
+from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba
 from hymba.ops import native
 
@@ -95,15 +96,14 @@ def measure(model: Hymba, rows: int, context: int, tokens: int, step: Callable[[
 
 
 class Decoder:
-    """Greedy decoding, the plain way: forward, logits, the likeliest token of each row."""
+    """Greedy decoding as `generate` does it: a step, then the likeliest token of each row."""
 
     def __init__(self, model: Hymba, cache: Cache, tokens: Tensor) -> None:
-        self.model, self.cache, self.tokens = model, cache, tokens
+        self.tokens, self._run = tokens, DecodeStep(model, cache)
 
     def step(self) -> None:
         """Run one token of each row."""
-        hidden = self.model(self.tokens[:, None], cache=self.cache).hidden
-        self.tokens = self.model.logits(hidden[:, -1]).argmax(dim=-1)
+        self.tokens = self._run(self.tokens).argmax(dim=-1)
 
 
 def prefill(model: Hymba, tokens: Tensor, cache: Cache, chunk: int = PREFILL_CHUNK) -> Tensor:

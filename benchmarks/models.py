@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks.command import Weights
-from hymba.errors import HymbaError
 from hymba.model import Cache, Hymba, HymbaConfig, init_weights
-from hymba.ops.attention import QuantizedHeads
+from hymba.model.quantize import quantize
+from hymba.ops.attention import Heads, QuantizedHeads
 
 SEED = 0
 
 
 def random_model(size: str, weights: Weights = Weights.bf16) -> Hymba:
-    """Return a named size with random weights, the same in every run.
-
-    Raises:
-        HymbaError: this version of the package cannot quantise.
-    """
+    """Return a named size with random weights, the same in every run."""
     config = HymbaConfig.named(size)
     with torch.device("meta"):
         model = Hymba(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
     init_weights(model, SEED)
-    return model if weights is Weights.bf16 else _quantise(model, weights)
-
-
-def _quantise(model: Hymba, weights: Weights) -> Hymba:
-    if importlib.util.find_spec("hymba.model.quantize") is None:
-        raise HymbaError(f"this version of hymba has no {weights} weights: use --weights bf16")
-    quantised: Hymba = importlib.import_module("hymba.model.quantize").quantize(model, int(weights.removeprefix("int")))
-    return quantised
+    return model if weights is Weights.bf16 else quantize(model, int(weights.removeprefix("int")))
 
 
 def random_tokens(model: Hymba, rows: int, tokens: int) -> Tensor:
@@ -81,6 +68,9 @@ def kv_bytes(cache: Cache, tokens: float) -> float:
         window = config.window(layer)
         assert window is None or ring == window + 1
         for held in (cache.keys[owner], cache.values[owner]):
-            parts = (held.values, held.scales) if isinstance(held, QuantizedHeads) else (held,)
-            total += used * sum(part[:, 0].nbytes for part in parts)
+            total += used * sum(x[:, 0].nbytes for x in _parts(held))
     return total
+
+
+def _parts(heads: Heads) -> tuple[Tensor, ...]:
+    return (heads.values, heads.scales) if isinstance(heads, QuantizedHeads) else (heads,)

@@ -55,14 +55,18 @@ class Spent:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Book one call."""
+        self.seconds[name] += seconds
+        self.calls[name] += 1
+
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` with its time booked under `name`."""
 
         def call(*arguments: Any, **options: Any) -> Any:
             begun = time.perf_counter()
             result = function(*arguments, **options)
-            self.seconds[name] += time.perf_counter() - begun
-            self.calls[name] += 1
+            self.add(name, time.perf_counter() - begun)
             return result
 
         return call
@@ -75,42 +79,28 @@ class Spent:
 
 @contextmanager
 def timed_kernels() -> Iterator[Spent]:
-    """Book the time of every call into the C++ library while the block runs, by function."""
-    spent, library = Spent(), native.library
-    proxy: Any = _TimedLibrary(library(), spent)
-    native.library = lambda: proxy
+    """Book the time of every call into the C++ library while the block runs, by function.
+
+    The clock sits in the class of the library's functions, so that it also sees those that somebody has kept.
+    """
+    spent, library = Spent(), native.library()
+    if library is None:
+        yield spent
+        return
+    kernel: Any = library._FuncPtr
+    untimed = kernel.__call__
+
+    def call(function: Any, *arguments: Any) -> Any:
+        begun = time.perf_counter()
+        result = untimed(function, *arguments)
+        spent.add(function.__name__.removeprefix("hymba_"), time.perf_counter() - begun)
+        return result
+
+    kernel.__call__ = call
     try:
         yield spent
     finally:
-        native.library = library
-
-
-class _TimedLibrary:
-    """A library whose functions book their time."""
-
-    def __init__(self, library: Any, spent: Spent) -> None:
-        self._library, self._spent = library, spent
-
-    def __getattr__(self, name: str) -> Any:
-        timed = _TimedFunction(getattr(self._library, name), name.removeprefix("hymba_"), self._spent)
-        setattr(self, name, timed)
-        return timed
-
-
-class _TimedFunction:
-    """A function of the library; what is set on it, such as its argtypes, reaches the real one."""
-
-    function: Any
-    timed: Callable[..., Any]
-
-    def __init__(self, function: Any, name: str, spent: Spent) -> None:
-        vars(self).update(function=function, timed=spent.timed(name, function))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.function, name, value)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.timed(*arguments)
+        kernel.__call__ = untimed
 
 
 @contextmanager
