@@ -18,6 +18,7 @@ import typer
 from hymba.errors import HymbaError
 from hymba.files import replacing
 from hymba.model.config import SIZES
+from hymba.ops import native
 
 ROOT = Path(__file__).parent.parent
 INTERRUPTED = 130  # what a shell reports of a command ended by Ctrl-C
@@ -100,6 +101,8 @@ def finish(
     """
     from benchmarks.machine import describe
 
+    if native.library() is None:
+        typer.secho(f"warning: measured without C++ kernels: {native.why_not()}", fg="yellow", err=True)
     for line in lines:
         typer.echo(line)
     record = {

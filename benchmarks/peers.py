@@ -28,6 +28,7 @@ from benchmarks.memory import write
 from benchmarks.models import all_weight_bytes, random_tokens
 from benchmarks.timing import peak_rss, seconds
 from hymba.errors import HymbaError
+from hymba.files import replacing
 
 BASE = "hymba-1.5b-bf16"  # what ratios are against
 PASSES = 3  # of the bandwidth, before each model and after it
@@ -81,7 +82,7 @@ def peers(
     """Compare prompt and decoding speed with other models, in interleaved rounds.
 
     Each measurement is written to STORE/measured.jsonl at once; a run that was interrupted goes on from there. When all
-    rounds are done the file is removed.
+    rounds are done they are removed from it.
     """
     use_threads(threads)
     settings = {"config": config, "context": context, "tokens": tokens, "threads": torch.get_num_threads()}
@@ -106,7 +107,7 @@ def peers(
     bandwidths = [entry["bandwidth_gb_s"] for entry in found.values()]
     result = {"peers": found, "rounds": rounds, "bandwidth_gb_s": round(statistics.median(bandwidths), 2)}
     finish(f"peers-{config}", settings, result, _lines(found, settings), as_json, out)
-    log.path.unlink()
+    log.forget(chosen)
 
 
 class Log:
@@ -131,6 +132,15 @@ class Log:
         self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def forget(self, peers: Sequence[Peer]) -> None:
+        """Remove the measurements of a run that is done."""
+        done = {peer.name for peer in peers}
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        entries = [(line, json.loads(line)) for line in lines]
+        kept = [line for line, entry in entries if entry["settings"] != self.settings or entry["peer"] not in done]
+        with replacing(self.path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
 
 def measure(peer: Peer, settings: Mapping[str, Any], store: Path, llama_python: Path | None) -> dict[str, Any]:
