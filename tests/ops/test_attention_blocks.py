@@ -10,9 +10,11 @@ from hymba.ops import native as kernels
 from hymba.ops.attention import QuantizedHeads, blocks, native, reference, round_heads
 from hymba.ops.attention.reference import Mask
 
-pytestmark = pytest.mark.skipif(
-    not blocks.fits(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)), reason="this processor has no matrix units"
-)
+# The levels of instructions that the kernel runs at; tests that take no level hold for torch's kernels too.
+TILED = []
+for _level in kernels.available():
+    with kernels.use_level(_level):
+        TILED += [_level] * blocks.fits(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16))
 
 
 def problem(
@@ -51,6 +53,7 @@ def assert_near(ours: Tensor, wanted: Tensor) -> None:
     assert float(error) <= 6e-3 * float(wanted.norm()) + 1e-6
 
 
+@pytest.mark.parametrize("tiled", TILED)
 @settings(deadline=None)
 @given(
     st.integers(0, 2**31),
@@ -62,17 +65,18 @@ def assert_near(ours: Tensor, wanted: Tensor) -> None:
     st.sampled_from([(64, 128), (6, 10), (48, 16)]),
     st.booleans(),
 )
-def test_values_and_gradients_equal_the_reference(seed, steps, stored, num_meta, window, heads, widths, packed):
+def test_values_and_gradients_equal_the_reference(tiled, seed, steps, stored, num_meta, window, heads, widths, packed):
     tensors, arguments = problem(seed, steps, stored, num_meta, heads, widths, packed)
     mask = {**arguments, "window": window}
     grad = torch.randn(2, steps, heads[0], widths[1], generator=torch.Generator().manual_seed(seed)).bfloat16()
-    results = differentiated(native.attention, tensors, grad, mask)
+    with kernels.use_level(tiled):
+        results = differentiated(native.attention, tensors, grad, mask)
+        with torch.no_grad():
+            assert torch.equal(native.attention(*tensors, **mask), results[0])
     wanted = differentiated(reference.attention, [x.double() for x in tensors], grad, mask)
     for ours, theirs in zip(results, wanted, strict=True):
         assert_near(ours, theirs)
     assert not results[0][arguments["query_positions"] < 0].any()
-    with torch.no_grad():
-        assert torch.equal(native.attention(*tensors, **mask), results[0])
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -88,7 +92,8 @@ def test_quantised_heads_over_several_blocks(window):
     assert_near(native.attention(q, *halves, **mask), reference.attention(q.double(), *halves, **mask))
 
 
-def test_threads_change_nothing_and_memory_may_hold_anything(poisoned):
+@pytest.mark.parametrize("tiled", TILED)
+def test_threads_change_nothing_and_memory_may_hold_anything(tiled, poisoned):
     tensors, arguments = problem(5, 170, 60, 4, (5, 1), (64, 128), packed=False)
     mask = {**arguments, "window": 50}
     grad, threads, results = torch.randn(2, 170, 5, 128), torch.get_num_threads(), []
@@ -97,7 +102,8 @@ def test_threads_change_nothing_and_memory_may_hold_anything(poisoned):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(differentiated(native.attention, tensors, grad, mask))
+            with kernels.use_level(tiled):
+                results.append(differentiated(native.attention, tensors, grad, mask))
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):

@@ -23,11 +23,15 @@ _BLOCKS = struct.Struct("35q")  # `struct Blocks` of blocks.cpp
 def attention(q: Tensor, k: Heads, v: Heads, mask: Mask) -> Tensor:
     """Attention as :func:`hymba.ops.attention.attention` has it, of what :func:`why_unfit` has nothing against."""
     (keys, key_scales), (values, value_scales) = stored(k), stored(v)
-    positions = mask["query_positions"], mask["key_positions"]
-    documents = mask.get("query_documents"), mask.get("key_documents")
     q = q if q.stride()[2:] == (q.shape[3], 1) else q.contiguous()
-    tables = [None if x is None else x.to(torch.int64).contiguous() for x in (*positions, *documents)]
-    inputs = _Inputs(q, keys, values, key_scales, value_scales, *tables, mask["window"], mask["num_meta"])
+    positions = mask["query_positions"].contiguous(), mask["key_positions"].contiguous()
+    of_queries, of_keys = mask.get("query_documents"), mask.get("key_documents")
+    documents = (
+        None if of_queries is None else of_queries.contiguous(),
+        None if of_keys is None else of_keys.contiguous(),
+    )
+    seen = mask["window"], mask["num_meta"]
+    inputs = _Inputs(q, keys, values, key_scales, value_scales, *positions, *documents, *seen)
     if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad):
         return _Attention.apply(*inputs)
     return _forward(inputs, None)

@@ -39,9 +39,10 @@ def _decode(q: Tensor, k: Heads, v: Heads, mask: Mask) -> Tensor:
     out = q.new_empty((rows, 1, heads, value_width))
     sizes = rows, heads, groups, slots, width, value_width, _NO_WINDOW if window is None else window, mask["num_meta"]
     strides = heads * width, *keys.stride()[:2], *values.stride()[:2], positions.stride(0)
-    scale_strides, scale_pointers = (0, 0, 0, 0), (0, 0)
+    scale_strides: tuple[int, ...] = (0, 0, 0, 0)
+    scale_pointers = 0, 0
     if key_scales is not None and value_scales is not None:
-        scale_strides = *key_scales.stride()[:2], *value_scales.stride()[:2]  # type: ignore[assignment]
+        scale_strides = *key_scales.stride()[:2], *value_scales.stride()[:2]
         scale_pointers = key_scales.data_ptr(), value_scales.data_ptr()
     pointers = q.data_ptr(), keys.data_ptr(), values.data_ptr(), *scale_pointers
     tables = queries.data_ptr(), positions.data_ptr()
