@@ -25,6 +25,16 @@ def scatter(x: Tensor, y: Tensor) -> Tensor:
     return y.gather(1, (x.abs() * 2).long().clamp(max=2)) + y[index, 1]
 
 
+def assign(x: Tensor, y: Tensor) -> Tensor:
+    """As a cache is written."""
+    places, buffer = (x[:, :2] > y[:, :2]).long(), x.new_zeros(4, 5, 3)
+    rows = torch.arange(4)[:, None].expand(4, 2).contiguous()
+    buffer[rows, torch.arange(2) * 2 - places] = y[:, None] * x.new_ones(2, 1)
+    buffer[rows[:, 0], places[:, 1]] = x
+    buffer[rows[:, :1], places[:, :1]] += 1
+    return buffer.clone()
+
+
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "arithmetic": lambda x, y: torch.where(x > y, x.exp(), (x - 1).pow(2).mean(1, keepdim=True)) / (y.abs() + 1),
     "views": lambda x, y: torch.cat([*x.split([1, 2], dim=1), y.t().reshape(4, 3)], dim=1).unflatten(1, (2, 3)),
@@ -33,6 +43,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "indices": scatter,
     "fresh memory": lambda x, y: x.new_zeros(4, 3).copy_(y).add_(x),
     "several results": lambda x, y: torch.stack([x.sort(dim=1)[0], x.topk(3, dim=1)[0] + y]),
+    "sums": lambda x, y: (x + y).float() + (y.float() + x.float())[:2].repeat(2, 1) + x.bfloat16()[:, :1],
+    "sums of other shapes": lambda x, y: torch.add(x, y, alpha=2) + y[0] + x.t().contiguous().t() + 1,
+    "assignments": assign,
     "a kernel": lambda x, y: causal_conv1d(x[None], y[:3].double(), x[0].double())[0] * 2,
 }
 
@@ -53,6 +66,18 @@ def test_replaying_is_computing_again(name: str) -> None:
         recording.replay()
         assert torch.equal(out, expected)
         assert torch.equal(y, expected_y)
+
+
+@pytest.mark.parametrize("level", native.available())
+def test_an_assignment_outside_is_refused_in_a_replay_too(level: str) -> None:
+    buffer, place, row = torch.zeros(2, 3, 4), torch.tensor([2]), torch.tensor([1])
+    with native.use_level(level):
+        with Recording() as recording:
+            buffer[row, place] = torch.ones(1, 4)
+        place.fill_(3)
+        with pytest.raises(HymbaError, match=r"outside \(2, 3, 4\)"):
+            recording.replay()
+    assert buffer.sum() == 4
 
 
 def test_memory_of_the_recorded_code_stays() -> None:

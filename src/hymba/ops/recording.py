@@ -7,6 +7,7 @@ arithmetic of a small model. A :class:`Recording` notes which operations some co
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,9 @@ class Recording(TorchDispatchMode):
             raise HymbaError(f"{function} cannot be recorded: what follows depends on values")
         result = function(*arguments, **keywords)
         self._kept.append((arguments, result))
-        if kind == "in place":
+        if (find := _KERNELS.get(function)) and (call := find(result, *arguments, **keywords)):
+            self._add(*call)
+        elif kind == "in place":
             self._add(function, arguments, keywords)
         elif kind in ("new", "unrepeatable") and _has_tensors(arguments):
             self._add(*_into(result, function, arguments, keywords))
@@ -127,3 +130,50 @@ def _positional(function: OpOverload) -> list[tuple[str, str]]:
 
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
+
+
+def _sum(result: Tensor, x: Tensor, y: Any, alpha: float = 1) -> tuple[Callable, tuple] | None:
+    """Return the kernel's call for aten.add.Tensor, if it takes this one."""
+    if not isinstance(y, Tensor) or alpha != 1 or native.why_unfit(x):
+        return None
+    if not x.dtype == y.dtype == result.dtype or x.shape != y.shape or not _are_dense(x, y, result):
+        return None
+    add = native.library().hymba_add  # type: ignore[union-attr]
+    add.argtypes = (ctypes.c_int, *3 * (ctypes.c_void_p,), ctypes.c_int64, ctypes.c_int)
+    pointers = x.data_ptr(), y.data_ptr(), result.data_ptr()
+    return add, (native.DTYPES.index(x.dtype), *pointers, x.numel(), torch.get_num_threads())
+
+
+def _scatter(
+    result: Tensor, to: Tensor, indices: list[Tensor | None], source: Tensor, accumulate: bool = False
+) -> tuple[Callable, tuple] | None:
+    """Return the kernel's call for aten.index_put_, if it takes this one: both first dimensions by number."""
+    rows, columns = indices if len(indices) == 2 else (None, None)
+    if rows is None or columns is None or accumulate or native.why_not() or not to.is_cpu:
+        return None
+    if not rows.dtype == columns.dtype == torch.int64 or source.dtype != to.dtype or rows.shape != columns.shape:
+        return None
+    each = to.shape[2:].numel()  # torch drops dimensions of size one from the front of the source
+    if source.numel() != rows.numel() * each or not _are_dense(rows, columns, source, to):
+        return None
+    scatter = native.library().hymba_scatter  # type: ignore[union-attr]
+    scatter.argtypes = (*4 * (ctypes.c_void_p,), *4 * (ctypes.c_int64,))
+    pointers = source.data_ptr(), to.data_ptr(), rows.data_ptr(), columns.data_ptr()
+    sizes = rows.numel(), *to.shape[:2], each * to.element_size()
+
+    def run() -> None:
+        if scatter(*pointers, *sizes):
+            raise HymbaError(f"a recorded assignment names a place outside {tuple(to.shape)}")
+
+    return run, ()
+
+
+def _are_dense(*tensors: Tensor) -> bool:
+    return all(x.is_contiguous() and x.is_cpu for x in tensors)
+
+
+# Operations that have a kernel of their own for being repeated (native/recorded.cpp).
+_KERNELS: dict[OpOverload, Callable[..., tuple[Callable, tuple] | None]] = {
+    torch.ops.aten.add.Tensor: _sum,
+    torch.ops.aten.index_put_.default: _scatter,
+}
