@@ -77,6 +77,19 @@ def test_unseen_slots_are_never_read(level, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_parts_of_a_buffer_may_be_empty(level, dtype):
+    (q, k, v), _ = problem(0, 900, 25, 5, (64, 128), dtype)
+    slots = torch.arange(900).repeat(3, 1)
+    empty = torch.stack([slots[0] >= 300, slots[0] < 600, (slots[0] + 100) % 300 < 200])
+    mask = {"query_positions": torch.full((3, 1), 899), "key_positions": slots.masked_fill(empty, -1), "window": 700}
+    with kernels.use_level(level):
+        out = native.attention(q, k, v, **mask, num_meta=20)
+    wide = reference.attention(q.double(), k.double(), v.double(), **mask, num_meta=20)
+    torch.testing.assert_close(out.double(), wide, atol=1e-3, rtol=torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_other_rows_change_nothing(level, dtype):
     (q, k, v), positions = problem(1, 900, 25, 5, (64, 128), dtype)
     mask, threads = {"window": None, "num_meta": 4}, torch.get_num_threads()

@@ -68,14 +68,23 @@ HYMBA_INLINE Pair ordered(Pair x) {
     return x;
 }
 
-// Memory that is read soon, called for a few lines at a time; behind the end it does no harm.
+// Memory that is read soon, called for a few lines at a time.
 struct Ahead {
     const char* at;
-    int64_t lines;  // of a step
+    int64_t lines, step;  // still to come, and of a step
 
-    HYMBA_INLINE void step() {
-        for (int64_t i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+    HYMBA_INLINE void call() {
+        const int64_t count = step < lines ? step : lines;
+        for (int64_t i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 3);
+        lines -= count;
     }
+};
+
+// What a thread keeps from one part to the next.
+struct Run {
+    int64_t end;        // parts of all rows before which its last one lies
+    uint32_t* queries;  // arranged for the matrix unit
+    int64_t row = -1;   // whose queries they are
 };
 
 // Q is the dtype of queries and outputs, T that of keys and values.
@@ -90,6 +99,7 @@ struct Decoder {
     const int64_t segments = (parts + length - 1) / length;  // of a row
     const float scale = 1.0f / std::sqrt(static_cast<float>(d.key_width));
     const bool tiled = suits_tiles();
+    const Scratch<uint64_t> sights{d.rows * parts};  // of every part: a bit for each slot that its row's query sees
 
     int64_t segment_parts() const {
         const int64_t wanted = d.rows * parts / SEGMENTS;
@@ -106,58 +116,84 @@ struct Decoder {
     }
 
     void run() const {
-        const int64_t tasks = d.rows * segments, stride = d.heads * result;
-        const int64_t runs = d.threads < tasks ? d.threads : tasks;  // of neighbouring segments, so that memory streams
-        Scratch<float> results(tasks * stride);
+        Scratch<int64_t> tasks(d.rows * segments), starts(d.rows + 1);
+        const int64_t count = list_tasks(tasks, starts), stride = d.heads * result;
+        const int64_t runs = d.threads < count ? d.threads : count;  // of neighbouring segments, so that memory streams
+        Scratch<float> results(count * stride);
         parallel_for(runs, static_cast<int>(runs), [&](int64_t i) {
-            begin_run();
-            for (int64_t task = tasks * i / runs; task < tasks * (i + 1) / runs; ++task)
-                attend_segment(task / segments, task % segments, results + task * stride);
-            end_run();
+            const int64_t first = count * i / runs, last = count * (i + 1) / runs;
+            attend_run(tasks + first, last - first, results + first * stride);
         });
         parallel_for(d.rows, static_cast<int>(d.threads), [&](int64_t row) {
             Scratch<float> whole(result);
             for (int64_t h = 0; h < d.heads; ++h) {
-                merge(results + row * segments * stride + h * result, segments, whole);
+                merge(results + starts[row] * stride + h * result, starts[row + 1] - starts[row], whole);
                 write(whole, static_cast<Q*>(d.out) + (row * d.heads + h) * d.value_width);
             }
         });
     }
 
-    // Writes the `result` of every head for one segment of a row.
-    void attend_segment(int64_t row, int64_t segment, float* to) const {
-        const int64_t first = segment * length, count = first + length < parts ? length : parts - first;
-        if (count == 1) return attend(row, first, to);
-        const int64_t stride = d.heads * result;
-        Scratch<float> results(count * stride);
-        for (int64_t part = 0; part < count; ++part) attend(row, first + part, results + part * stride);
+    // Looks at all positions; lists the segments in which something is seen, and where each row begins in that list.
+    int64_t list_tasks(int64_t* tasks, int64_t* starts) const {
+        int64_t count = 0;
+        for (int64_t row = 0; row < d.rows; ++row) {
+            starts[row] = count;
+            for (int64_t part = 0; part < parts; ++part) {
+                const int64_t task = row * segments + part / length;
+                const uint64_t sight = sights[row * parts + part] = look(row, part);
+                if (sight && (count == starts[row] || tasks[count - 1] != task)) tasks[count++] = task;
+            }
+        }
+        starts[d.rows] = count;
+        return count;
+    }
+
+    // Which slots of a part the row's query sees, a bit each.
+    uint64_t look(int64_t row, int64_t part) const {
+        const int64_t query = d.query_positions[row], slots = part_slots(part);
+        const int64_t* positions = d.key_positions + row * d.positions_row + part * PART;
+        const auto sees = [&](int64_t key) {
+            return static_cast<uint64_t>((key >= 0) & (key <= query) & ((query - key <= d.window) | (key < d.num_meta)));
+        };
+        uint64_t sight = 0;
+        if (slots == PART)
+            for (int j = 0; j < PART; ++j) sight |= sees(positions[j]) << j;
+        else
+            for (int64_t j = 0; j < slots; ++j) sight |= sees(positions[j]) << j;
+        return sight;
+    }
+
+    int64_t part_slots(int64_t part) const { return (part + 1) * PART < d.slots ? PART : d.slots - part * PART; }
+
+    // Writes the `result` of every head for each of neighbouring segments.
+    void attend_run(const int64_t* tasks, int64_t count, float* to) const {
+        const int64_t row = tasks[count - 1] / segments, behind = (tasks[count - 1] % segments + 1) * length;
+        Scratch<uint32_t> queries(tiled ? d.groups * d.key_width / 2 * 16 : 0);
+        Run run{row * parts + (behind < parts ? behind : parts), queries};
+        begin_run();
+        for (int64_t i = 0; i < count; ++i) attend_segment(tasks[i], run, to + i * d.heads * result);
+        end_run();
+    }
+
+    void attend_segment(int64_t task, Run& run, float* to) const {
+        const int64_t row = task / segments, first = task % segments * length, stride = d.heads * result;
+        const int64_t last = first + length < parts ? first + length : parts;
+        if (length == 1) return attend(row, first, run, to);
+        Scratch<float> results(length * stride);
+        int64_t count = 0;
+        for (int64_t part = first; part < last; ++part)
+            if (sights[row * parts + part]) attend(row, part, run, results + count++ * stride);
         for (int64_t h = 0; h < d.heads; ++h) merge(results + h * result, count, to + h * result);
     }
 
-    // The same for one part.
-    void attend(int64_t row, int64_t part, float* results) const {
+    // The same for one part of which something is seen.
+    void attend(int64_t row, int64_t part, Run& run, float* results) const {
+        if (tiled) return attend_tiles(row, part, run, results);
         int64_t seen[PART];
-        const int count = list_visible(row, part, seen);
-        if (!count) {
-            for (int64_t h = 0; h < d.heads; ++h) results[h * result + 1] = 0;
-        } else if (tiled) {
-            attend_tiles(row, part, seen, count, results);
-        } else {
-            attend_vectors(row, seen, count, results);
-        }
-    }
-
-    // Collects the slots of a part that the row's query sees; returns how many.
-    int list_visible(int64_t row, int64_t part, int64_t* seen) const {
-        const int64_t query = d.query_positions[row], end = (part + 1) * PART < d.slots ? (part + 1) * PART : d.slots;
-        const int64_t* positions = d.key_positions + row * d.positions_row;
         int count = 0;
-        for (int64_t slot = part * PART; slot < end; ++slot) {
-            const int64_t key = positions[slot];
-            seen[count] = slot;
-            count += key >= 0 && key <= query && (query - key <= d.window || key < d.num_meta);
-        }
-        return count;
+        for (uint64_t rest = sights[row * parts + part]; rest; rest &= rest - 1)
+            seen[count++] = part * PART + __builtin_ctzll(rest);
+        attend_vectors(row, seen, count, results);
     }
 
     const T* keys_at(int64_t row, int64_t slot) const {
@@ -297,101 +333,142 @@ struct Decoder {
         if (tiled) tiles::release();
     }
 
-    void attend_tiles(int64_t row, int64_t part, const int64_t* seen, int count, float* results) const {
-        const int64_t first = part * PART, slots = first + PART < d.slots ? PART : d.slots - first;
-        uint64_t mask = 0;
-        for (int j = 0; j < count; ++j) mask |= uint64_t{1} << (seen[j] - first);
-        Ahead keys = ahead(keys_at(row, first + PART), d.k_slot), values = ahead(values_at(row, first + PART), d.v_slot);
-        Scratch<float> weights(shared * PART);
-        for (int64_t g = 0; g < d.groups; ++g) {
-            float* to = results + g * shared * result;
-            score_tiles(row, first, slots, g, mask, weights);
-            for (int64_t h = 0; h < shared; ++h)
-                softmax(weights + h * PART, static_cast<int>(padded(slots)), to + h * result);
-            if (mask == ~uint64_t{0})
-                weigh_tiles<true>(row, first, slots, g, mask, weights, keys, values, to + 2);
-            else
-                weigh_tiles<false>(row, first, slots, g, mask, weights, keys, values, to + 2);
+    // The keys or values of the first part behind `part` of all rows in which something is seen, in so many steps.
+    Ahead ahead(const void* from, int64_t row_stride, int64_t stride, int64_t width, int64_t part, const Run& run,
+                int64_t steps) const {
+        do ++part;
+        while (part < run.end && !sights[part]);
+        if (part >= run.end) return {nullptr, 0, 0};
+        const uint64_t sight = sights[part];
+        const int64_t first = __builtin_ctzll(sight), last = PART - 1 - __builtin_clzll(sight);
+        const int64_t entries = (last - first) * stride + d.groups * width;
+        const int64_t at = part / parts * row_stride + (part % parts * PART + first) * stride;
+        const int64_t lines = (entries * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+        return {reinterpret_cast<const char*>(static_cast<const T*>(from) + at), lines, (lines + steps - 1) / steps};
+    }
+
+    void attend_tiles(int64_t row, int64_t part, Run& run, float* results) const {
+        const int64_t slots = part_slots(part), blocks = (slots + tiles::BLOCK - 1) / tiles::BLOCK;
+        const int64_t now = row * parts + part;
+        if (run.row != row) turn_queries(row, run);
+        Ahead keys = ahead(d.k, d.k_row, d.k_slot, d.key_width, now, run, d.heads);
+        Scratch<float> weights(d.heads * PART);
+        score_tiles(row, part, run.queries, weights);
+        for (int64_t h = 0; h < d.heads; ++h) {
+            softmax(weights + h * PART, static_cast<int>(padded(slots)), results + h * result);
+            keys.call();
         }
+        Scratch<bf16> halves(d.groups * blocks * 2 * shared * tiles::BLOCK);
+        split_weights(row, part, weights, halves);
+        const int64_t steps = d.groups * (d.value_width / tiles::BLOCK) * blocks * (tiles::BLOCK / 2);
+        const Ahead values = ahead(d.v, d.v_row, d.v_slot, d.value_width, now, run, steps);
+        if (sights[now] == ~uint64_t{0})
+            weigh_tiles<true>(row, part, halves, values, results + 2);
+        else
+            weigh_tiles<false>(row, part, halves, values, results + 2);
     }
 
-    // The next part's keys or values, in as many steps as weigh_tiles takes with this one.
-    Ahead ahead(const T* from, int64_t stride) const {
-        const int64_t steps = d.groups * (d.value_width / tiles::BLOCK) * PART / 2;
-        const int64_t lines = PART * stride * static_cast<int64_t>(sizeof(T)) / 64;
-        return {reinterpret_cast<const char*>(from), (lines + steps - 1) / steps};
-    }
-
-    // Writes the scores (shared, PART) of one group; −∞ where a slot is not seen.
-    void score_tiles(int64_t row, int64_t first, int64_t slots, int64_t g, uint64_t mask, float* scores) const {
-        Scratch<uint32_t> queries(d.key_width / 2 * 16);
-        std::memset(queries, 0, static_cast<size_t>(d.key_width) * 32);
-        const Q* q = static_cast<const Q*>(d.q) + row * d.q_row + g * shared * d.key_width;
+    void turn_queries(int64_t row, Run& run) const {
+        run.row = row;
+        std::memset(run.queries, 0, static_cast<size_t>(d.groups * d.key_width) * 32);
+        const Q* q = static_cast<const Q*>(d.q) + row * d.q_row;
         if constexpr (std::is_same_v<Q, bf16>)
-            for (int64_t h = 0; h < shared; ++h) tiles::turn_query<T>(q + h * d.key_width, d.key_width, queries + h);
-        Scratch<float> block(tiles::BLOCK * 16), factors(PART);
+            for (int64_t h = 0; h < d.heads; ++h)
+                tiles::turn_query<T>(q + h * d.key_width, d.key_width,
+                                     run.queries + h / shared * d.key_width * 8 + h % shared);
+    }
+
+    // Writes the scores (heads, PART); −∞ where a slot is not seen. All products come first: the unit's are long under
+    // way, and those of one block need not wait for what vectors make of the one before.
+    void score_tiles(int64_t row, int64_t part, const uint32_t* queries, float* scores) const {
+        const int64_t first = part * PART, slots = part_slots(part);
+        Scratch<float> products(d.groups * PART * 16);
         Scratch<T> tail(tiles::BLOCK * d.key_width);
-        for (int64_t j = 0; j < slots; ++j) factors[j] = d.k_scales ? scale * key_scale(row, first + j, g) : scale;
-        for (int64_t at = 0; at < slots; at += tiles::BLOCK) {
-            const T* keys = keys_at(row, first + at) + g * d.key_width;
-            int64_t stride = d.k_slot;
-            if (slots - at < tiles::BLOCK) {
-                for (int64_t j = 0; j < slots - at; ++j)
-                    std::memcpy(tail + j * d.key_width, keys + j * stride, d.key_width * sizeof(T));
-                keys = tail;
-                stride = d.key_width;
+        for (int64_t at = 0; at < slots; at += tiles::BLOCK)
+            for (int64_t g = 0; g < d.groups; ++g) {
+                const T* keys = keys_at(row, first + at) + g * d.key_width;
+                int64_t stride = d.k_slot;
+                if (slots - at < tiles::BLOCK) {
+                    for (int64_t j = 0; j < slots - at; ++j)
+                        std::memcpy(tail + j * d.key_width, keys + j * stride, d.key_width * sizeof(T));
+                    keys = tail;
+                    stride = d.key_width;
+                }
+                if constexpr (!std::is_same_v<T, float>)
+                    tiles::score(keys, stride, d.key_width, queries + g * d.key_width * 8,
+                                 products + (g * PART + at) * 16);
             }
-            if constexpr (!std::is_same_v<T, float>) tiles::score(keys, stride, d.key_width, queries, block);
-            for (int half = 0; half < 2; ++half) {
-                Vec<float> x[16];
-                for (int j = 0; j < 16; ++j) x[j] = load(block + (half * 16 + j) * 16);
-                rotate<16>(x, 4);
-                const int64_t column = at + half * 16;
-                const Vec<float> factor = load(factors + column);
-                for (int64_t h = 0; h < shared; ++h)
-                    store(scores + h * PART + column,
-                          _mm512_mask_mul_ps(splat(-INFINITY), static_cast<__mmask16>(mask >> column), x[h], factor));
+        Scratch<float> factors(PART);
+        for (int64_t g = 0; g < d.groups; ++g) {
+            for (int64_t j = 0; j < slots; ++j) factors[j] = d.k_scales ? scale * key_scale(row, first + j, g) : scale;
+            turn_scores(products + g * PART * 16, slots, factors, sights[row * parts + part],
+                        scores + g * shared * PART);
+        }
+    }
+
+    // Products (slots, 16) of one group times factors (slots), as scores (shared, PART).
+    void turn_scores(const float* products, int64_t slots, const float* factors, uint64_t sight, float* scores) const {
+        for (int64_t at = 0; at < padded(slots); at += 16) {
+            Vec<float> x[16];
+            for (int j = 0; j < 16; ++j) x[j] = load(products + (at + j) * 16);
+            rotate<16>(x, 4);
+            const Vec<float> factor = load(factors + at);
+            for (int64_t h = 0; h < shared; ++h)
+                store(scores + h * PART + at,
+                      _mm512_mask_mul_ps(splat(-INFINITY), static_cast<__mmask16>(sight >> at), x[h], factor));
+        }
+    }
+
+    // Splits weights (heads, PART) in two bf16 that add up to them, (groups, blocks, 2 shared, BLOCK).
+    void split_weights(int64_t row, int64_t part, float* weights, bf16* halves) const {
+        constexpr int BLOCK = tiles::BLOCK;
+        const int64_t first = part * PART, slots = part_slots(part), blocks = (slots + BLOCK - 1) / BLOCK;
+        Scratch<float> factors(PART);
+        for (int64_t g = 0; g < d.groups; ++g, halves += blocks * 2 * shared * BLOCK) {
+            if (d.v_scales)
+                for (int64_t j = 0; j < slots; ++j) factors[j] = value_scale(row, first + j, g);
+            for (int64_t h = 0; h < shared; ++h, weights += PART) {
+                if (d.v_scales)
+                    for (int64_t j = 0; j < slots; ++j) weights[j] *= factors[j];
+                for (int64_t j = 0; j < blocks * BLOCK; j += 16) {
+                    bf16* upper = halves + (j / BLOCK * 2 * shared + h) * BLOCK + j % BLOCK;
+                    const Vec<float> weight = load(weights + j);
+                    store(upper, weight);
+                    store(upper + shared * BLOCK, weight - load(upper));
+                }
             }
         }
     }
 
-    // Writes the weighed sums of one group's heads, and calls for what comes next meanwhile.
+    // Writes the weighed sums of all heads, and calls for what comes next meanwhile. Columns are paired one step before
+    // they are multiplied: the unit reads from the cache, not from what is on its way there.
     template <bool ALL>
-    void weigh_tiles(int64_t row, int64_t first, int64_t slots, int64_t g, uint64_t mask, float* weights,
-                     Ahead& next_keys, Ahead& next_values, float* sums) const {
+    void weigh_tiles(int64_t row, int64_t part, const bf16* halves, Ahead next, float* sums) const {
         constexpr int BLOCK = tiles::BLOCK;
-        const int64_t blocks = (slots + BLOCK - 1) / BLOCK;
-        Scratch<bf16> halves(blocks * 2 * shared * BLOCK);
-        Scratch<uint32_t> values(blocks * 16 * BLOCK);
-        if (d.v_scales) {
-            Scratch<float> factors(PART);
-            for (int64_t j = 0; j < slots; ++j) factors[j] = value_scale(row, first + j, g);
-            for (int64_t h = 0; h < shared; ++h)
-                for (int64_t j = 0; j < slots; ++j) weights[h * PART + j] *= factors[j];
-        }
-        for (int64_t h = 0; h < shared; ++h)
-            for (int64_t j = 0; j < blocks * BLOCK; j += 16) {
-                bf16* upper = halves + (j / BLOCK * 2 * shared + h) * BLOCK + j % BLOCK;
-                const Vec<float> weight = load(weights + h * PART + j);
-                store(upper, weight);
-                store(upper + shared * BLOCK, weight - load(upper));
+        const int64_t blocks = (part_slots(part) + BLOCK - 1) / BLOCK, columns = d.value_width / BLOCK;
+        const uint64_t sight = sights[row * parts + part];
+        Scratch<uint32_t> values(2 * blocks * 16 * BLOCK);
+        for (int64_t i = 0; i <= d.groups * columns; ++i) {
+            if (i < d.groups * columns) {
+                const T* from = values_at(row, part * PART) + i * BLOCK;
+                uint32_t* to = values + i % 2 * blocks * 16 * BLOCK;
+                for (int64_t j = 0; j < blocks * BLOCK; j += 2, to += BLOCK) {
+                    const T *a = from + j * d.v_slot, *b = a + d.v_slot;
+                    if constexpr (!std::is_same_v<T, float>)
+                        tiles::pair_values(a, b, ALL || (sight >> j & 1), ALL || (sight >> (j + 1) & 1), to);
+                    next.call();
+                }
             }
-        for (int64_t column = 0; column < d.value_width; column += BLOCK) {
-            const T* from = values_at(row, first) + g * d.value_width + column;
-            for (int64_t j = 0; j < blocks * BLOCK; j += 2) {
-                const T *a = from + j * d.v_slot, *b = a + d.v_slot;
-                if constexpr (!std::is_same_v<T, float>)
-                    tiles::pair_values(a, b, ALL || (mask >> j & 1), ALL || (mask >> (j + 1) & 1), values + j / 2 * BLOCK);
-                next_keys.step();
-                next_values.step();
-            }
-            tiles::weigh(halves, values, blocks, shared, sums + column, result);
+            if (i == 0) continue;
+            const int64_t g = (i - 1) / columns, column = (i - 1) % columns * BLOCK;
+            tiles::weigh(halves + g * blocks * 2 * shared * BLOCK, values + (i - 1) % 2 * blocks * 16 * BLOCK, blocks,
+                         shared, sums + g * shared * result + column, result);
         }
     }
 #else
     void begin_run() const {}
     void end_run() const {}
-    void attend_tiles(int64_t, int64_t, const int64_t*, int, float*) const {}
+    void attend_tiles(int64_t, int64_t, Run&, float*) const {}
 #endif
 
     // ---- For both ----
@@ -418,16 +495,23 @@ struct Decoder {
     // Puts the results of one head together.
     void merge(const float* results, int64_t count, float* to) const {
         const int64_t stride = d.heads * result;
+        Scratch<float> weights(count + FLOATS);
         float largest = -INFINITY, sum = 0;
-        for (int64_t p = 0; p < count; ++p)
-            if (results[p * stride + 1] != 0 && results[p * stride] > largest) largest = results[p * stride];
-        std::memset(to, 0, static_cast<size_t>(result) * sizeof(float));
         for (int64_t p = 0; p < count; ++p) {
-            const float* part = results + p * stride;
-            if (!(part[1] != 0)) continue;
-            const float weight = std::exp(part[0] - largest);
-            sum += weight * part[1];
-            for (int64_t i = 2; i < result; ++i) to[i] += weight * part[i];
+            weights[p] = results[p * stride];
+            largest = weights[p] > largest ? weights[p] : largest;
+        }
+        for (int64_t p = 0; p < count; p += FLOATS) store(weights + p, exp(load(weights + p) - largest));
+        for (int64_t p = 0; p < count; ++p) sum += weights[p] * results[p * stride + 1];
+        for (int64_t i = 2; i < result; i += PAIR) {
+            Vec<float> first = {}, second = {};
+            for (int64_t p = 0; p < count; ++p) {
+                const float* from = results + p * stride + i;
+                first += load(from) * weights[p];
+                second += load(from + FLOATS) * weights[p];
+            }
+            store(to + i, first);
+            store(to + i + FLOATS, second);
         }
         to[0] = largest;
         to[1] = sum;
