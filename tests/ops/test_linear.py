@@ -109,8 +109,8 @@ def test_threads_change_nothing_where_a_call_is_worth_several(level, bits, dtype
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("outputs", [3, 33])
-def test_sums_do_not_overflow(level, outputs):
-    inputs = 20000
+@pytest.mark.parametrize("inputs", [20_000, 140_000])
+def test_sums_do_not_overflow(level, inputs, outputs):
     weight = QuantizedWeight(torch.full((outputs, inputs), -128, dtype=torch.int8), torch.ones(outputs), inputs)
     x = torch.ones(3, inputs) * torch.tensor([[1.0], [-3.0], [2.0]])
     with kernels.use_level(level):

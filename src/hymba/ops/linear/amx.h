@@ -19,6 +19,7 @@ namespace {
 constexpr int OUTPUTS = 32;  // of one block: two tiles of weights
 constexpr int ROWS = 16;     // of activations at most
 constexpr int LINE = 64;     // bytes of a tile's row
+constexpr int64_t MOST_INPUTS = 1 << 16;  // so that sums of integers' products stay below 2^31
 constexpr int64_t AHEAD = 512;  // bytes that weights are called for before they are needed
 
 // Whether the processor has the units and the kernel lets us use them; asked once.

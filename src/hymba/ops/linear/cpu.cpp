@@ -314,7 +314,7 @@ struct Groups {
 
 struct Int4 {
     static constexpr bool INTEGERS = true, ALIGNED_LEFT = true;
-        static constexpr int AMX_ROWS = 4;
+    static constexpr int AMX_ROWS = 4;
     static int64_t bytes(int64_t in) { return chunks_of(in) * CHUNK / 2; }
 
 #if defined(HYMBA_AMX)
@@ -565,7 +565,7 @@ void linear_by_tiles(const Weights& w, const T* x, T* out, const float* bias, in
 template <class Format, class T>
 void linear(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
 #if defined(HYMBA_AMX)
-    const bool fits = w.out >= OUTPUTS && (Format::ALIGNED_LEFT || w.in >= CHUNK);
+    const bool fits = w.out >= OUTPUTS && w.in <= amx::MOST_INPUTS && (Format::ALIGNED_LEFT || w.in >= CHUNK);
     if (rows >= Format::AMX_ROWS && rows <= amx::ROWS && fits && amx::usable())
         return linear_by_tiles<Format>(w, x, out, bias, rows, threads);
 #endif
