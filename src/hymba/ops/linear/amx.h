@@ -4,55 +4,25 @@
 // Integer activations of 16 bits go in as two of 8, 256 · high + low, each in its own product.
 #pragma once
 
+#include "../native/amx.h"
 #include "weights.h"
 
-#if defined(HYMBA_AVX512) && defined(__linux__) && __has_include(<amxtileintrin.h>)
-#define HYMBA_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#if defined(HYMBA_AMX)
 namespace hymba {
 namespace amx {
 namespace {
 
-constexpr int OUTPUTS = 32;  // of one block: two tiles of weights
-constexpr int ROWS = 16;     // of activations at most
-constexpr int LINE = 64;     // bytes of a tile's row
+constexpr int OUTPUTS = 32;               // of one block: two tiles of weights
+constexpr int ROWS = 16;                  // of activations at most
 constexpr int64_t MOST_INPUTS = 1 << 16;  // so that sums of integers' products stay below 2^31
-constexpr int64_t AHEAD = 512;  // bytes that weights are called for before they are needed
-
-// Whether the processor has the units and the kernel lets us use them; asked once.
-inline bool usable() {
-    static const bool answer = [] {
-        unsigned a, b, c, d;
-        constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
-        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    }();
-    return answer;
-}
-
-// Makes sure that what lies at `memory` has been written: the compiler does not know that tiles read it.
-HYMBA_INLINE void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+constexpr int64_t AHEAD = 512;            // bytes that weights are called for before they are needed
 
 // Tiles 0 and 1 hold weights, 2 and 3 activations, 4 to 7 sums (output, row).
 HYMBA_AMX inline void configure(int64_t rows) {
-    struct {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t lines[16] = {};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes[tile] = static_cast<uint16_t>(tile < 2 ? LINE : 4 * rows);
-        config.lines[tile] = 16;
-    }
-    settle(&config);
-    _tile_loadconfig(&config);
+    Shapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, tile < 2 ? LINE : 4 * rows);
+    configure(shapes);
 }
-
-HYMBA_AMX inline void release() { _tile_release(); }
 
 // The units, made ready for a number of rows and given back at the end of the scope.
 struct Unit {
