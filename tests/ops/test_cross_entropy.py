@@ -67,6 +67,14 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish(level: str) -> None:
         assert_close(run("native", *inputs), run("reference", *inputs), 1e-3)
 
 
+def test_no_nan_becomes_a_number(level: str) -> None:
+    """Whatever its lower bits are."""
+    bits = torch.tensor([0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1, -0x400000], dtype=torch.int32)
+    for nan in bits.view(torch.float32):
+        weight = torch.stack([nan, torch.tensor(1.0)])[:, None]
+        assert linear_cross_entropy(torch.ones(1, 1), weight, torch.tensor([1])).isnan()
+
+
 @pytest.mark.parametrize("dtype", native.DTYPES)
 def test_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
     inputs, before, results = problem(50, 1000, dtype), torch.get_num_threads(), []

@@ -400,7 +400,8 @@ HYMBA_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(HYMBA_AVX512)
     return _mm512_scalef_ps(p, whole);
 #else
-    return reinterpret_cast<Vec<float>>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
+    const UintVec power = reinterpret_cast<UintVec>(p) + (reinterpret_cast<UintVec>(shifted) << 23);
+    return x == x ? reinterpret_cast<Vec<float>>(power) : x;  // of a NaN, the sum might be a number
 #endif
 }
 
