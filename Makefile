@@ -40,10 +40,12 @@ quick: setup
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow"
 
 sanitize: setup  ## the kernels' tests with kernels under AddressSanitizer and UBSan
-	$(SANITIZED) $(BIN)/python -m hymba.ops.native.build -O1 -g -fsanitize=address,undefined -fno-sanitize-recover
-	$(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" \
-		tests/ops/test_linear.py $(filter-out %_library.py,$(wildcard tests/ops/test_native_*.py))
+	$(SANITIZED) $(BIN)/python -m hymba.ops.native.build -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover
+	export $(SANITIZED) LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1; \
+	$(BIN)/python -c "from hymba.ops import native; native.load('portable')" && $(BIN)/pytest -q -s -m "not slow" \
+		$(addprefix tests/ops/test_,$(addsuffix .py,linear attention_blocks cross_entropy quantized_heads recording)) \
+		$(filter-out %_library.py,$(wildcard tests/ops/test_native_*.py))
 
 format: setup  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
