@@ -4,7 +4,7 @@
 // same step, (depth / 2, columns). Sums are float.
 #pragma once
 
-#include "../linear/amx.h"
+#include "../native/amx.h"
 
 #if defined(HYMBA_AMX)
 namespace hymba {
@@ -17,20 +17,12 @@ inline int64_t padded(int64_t count) { return (count + SIDE - 1) / SIDE * SIDE; 
 // ---- Tiles ---------------------------------------------------------------------------------------------------------
 
 HYMBA_AMX inline void configure() {
-    struct {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t lines[16] = {};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes[tile] = 64;
-        config.lines[tile] = 16;
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory");  // the intrinsic reads 64 bytes but tells GCC of 8
-    _tile_loadconfig(&config);
+    amx::Shapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, amx::LINE);
+    amx::configure(shapes);
 }
 
-HYMBA_AMX inline void release() { _tile_release(); }
+using amx::release;
 
 // c (m, n) = or += Σ a[i] (m, 32) · rows 16i… of b; m and n are multiples of 32, `b_row` and `c_row` count words.
 HYMBA_AMX inline void multiply(const bf16* const* a, int64_t panels, const uint32_t* b, int64_t b_row, float* c, int64_t c_row,

@@ -2,7 +2,7 @@
 // the other. Products of bf16 are exact and sums are float; weights go in as two bf16, so that they lose nothing.
 #pragma once
 
-#include "../linear/amx.h"
+#include "../native/amx.h"
 
 #if defined(HYMBA_AMX)
 namespace hymba {
@@ -14,20 +14,12 @@ constexpr int MOST_SHARED = 8;  // query heads of a group: with two rows each th
 
 // Tiles 0 and 1 hold keys or values, 2 queries, 3 and 4 scores, 5 weights, 6 and 7 weighed sums.
 HYMBA_AMX inline void configure(int64_t shared) {
-    struct {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t lines[16] = {};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes[tile] = 64;
-        config.lines[tile] = static_cast<uint8_t>(tile >= 5 ? 2 * shared : 16);
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory");  // the intrinsic reads 64 bytes but tells GCC of 8
-    _tile_loadconfig(&config);
+    amx::Shapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, tile >= 5 ? 2 * shared : 16, amx::LINE);
+    amx::configure(shapes);
 }
 
-HYMBA_AMX inline void release() { _tile_release(); }
+using amx::release;
 
 HYMBA_INLINE UintVec words(const void* from) {
     UintVec x;
