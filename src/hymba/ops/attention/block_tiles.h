@@ -27,6 +27,7 @@ using amx::release;
 // c (m, n) = or += Σ a[i] (m, 32) · rows 16i… of b; m and n are multiples of 32, `b_row` and `c_row` count words.
 HYMBA_AMX inline void multiply(const bf16* const* a, int64_t panels, const uint32_t* b, int64_t b_row, float* c, int64_t c_row,
                         int64_t m, int64_t n, bool add) {
+    amx::settle(b);
     for (int64_t j = 0; j < n; j += SIDE)
         for (int64_t i = 0; i < m; i += SIDE) {
             float *top = c + i * c_row + j, *bottom = top + 16 * c_row;

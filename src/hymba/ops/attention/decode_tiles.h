@@ -49,6 +49,7 @@ void turn_query(const bf16* q, int64_t width, uint32_t* column) {
 
 // scores (BLOCK, 16) = keys, `stride` entries apart, · queries, turned.
 HYMBA_AMX inline void score(const bf16* keys, int64_t stride, int64_t width, const uint32_t* queries, float* scores) {
+    amx::settle(queries);
     _tile_zero(3);
     _tile_zero(4);
     for (int64_t i = 0; i < width; i += BLOCK) {
@@ -90,6 +91,7 @@ HYMBA_INLINE void pair_values(const int8_t* a, const int8_t* b, bool sees_a, boo
 HYMBA_AMX inline void weigh(const bf16* weights, const uint32_t* values, int64_t blocks, int64_t shared, float* sums,
                             int64_t stride) {
     alignas(64) float both[2][2 * MOST_SHARED * 16];
+    amx::settle(weights);
     _tile_zero(6);
     _tile_zero(7);
     for (int64_t i = 0; i < blocks; ++i) {
