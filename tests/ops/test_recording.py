@@ -32,6 +32,7 @@ def assign(x: Tensor, y: Tensor) -> Tensor:
     buffer[rows, torch.arange(2) * 2 - places] = y[:, None] * x.new_ones(2, 1)
     buffer[rows[:, 0], places[:, 1]] = x
     buffer[rows[:, :1], places[:, :1]] += 1
+    buffer[rows[:, :1], places[:, 1:].contiguous()] = torch.cat((x, y), dim=1)[:, None, 2:5]
     return buffer.clone()
 
 

@@ -154,12 +154,17 @@ def _scatter(
     if not rows.dtype == columns.dtype == torch.int64 or source.dtype != to.dtype or rows.shape != columns.shape:
         return None
     each = to.shape[2:].numel()  # torch drops dimensions of size one from the front of the source
-    if source.numel() != rows.numel() * each or not _are_dense(rows, columns, source, to):
+    if source.numel() != rows.numel() * each or not _are_dense(rows, columns, to):
         return None
+    apart = each
+    if not source.is_contiguous():  # the values of one token a row, as a projection of many heads leaves them
+        if source.ndim != rows.ndim + to.ndim - 2 or rows.numel() != len(rows) or not source[0].is_contiguous():
+            return None
+        apart = source.stride(0)
     scatter = native.library().hymba_scatter  # type: ignore[union-attr]
-    scatter.argtypes = (*4 * (ctypes.c_void_p,), *4 * (ctypes.c_int64,))
+    scatter.argtypes = (*4 * (ctypes.c_void_p,), *5 * (ctypes.c_int64,))
     pointers = source.data_ptr(), to.data_ptr(), rows.data_ptr(), columns.data_ptr()
-    sizes = rows.numel(), *to.shape[:2], each * to.element_size()
+    sizes = rows.numel(), apart * to.element_size(), *to.shape[:2], each * to.element_size()
 
     def run() -> None:
         if scatter(*pointers, *sizes):

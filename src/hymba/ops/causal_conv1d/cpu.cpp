@@ -63,7 +63,8 @@ struct Kernel {
     void load_weights(const W* weight, const W* bias, int64_t vector, Channels& c) const {
         const int count = lanes(vector);
         R wide[L * TAPS];
-        for (int i = 0; i < count * TAPS; ++i) wide[i] = widen(weight[vector * L * TAPS + i]);
+        for (int i = 0; i < count * TAPS; i += L)
+            store(wide + i, load(weight + vector * L * TAPS + i, count * TAPS - i < L ? count * TAPS - i : L));
         load_transposed(wide, count, TAPS, c.weight);
         c.bias = load(bias + vector * L, count);
     }
@@ -77,8 +78,11 @@ struct Kernel {
         std::memset(c.initial, 0, sizeof c.initial);
         if (x.initial) {
             const T* from = static_cast<const T*>(x.initial) + row * x.initial_row + vector * L * BACK;
-            for (int k = 0; k < BACK; ++k)
-                for (int i = 0; i < count; ++i) c.initial[k][i] = widen(from[i * BACK + k]);
+            if (BACK == 3 && count == L)
+                load_thirds(from, c.initial);
+            else
+                for (int k = 0; k < BACK; ++k)
+                    for (int i = 0; i < count; ++i) c.initial[k][i] = widen(from[i * BACK + k]);
         }
         for (int k = 0; k < BACK; ++k) c.window[k + 1] = c.initial[k];
     }
@@ -130,10 +134,15 @@ struct Kernel {
     void leave(const Channels& c, int64_t row, int64_t vector) const {
         const int count = lanes(vector);
         T* to = static_cast<T*>(x.final) + (row * x.width + vector * L) * BACK;
+        V left[TAPS];
         for (int k = 0; k < BACK; ++k) {
             const int64_t t = length(row) - BACK + k;
+            left[k] = t < 0 ? c.initial[t + BACK] : load(input(row, t, vector), count);
+        }
+        if (BACK == 3 && count == L) return store_thirds(to, left);
+        for (int k = 0; k < BACK; ++k) {
             T values[L];
-            store(values, t < 0 ? c.initial[t + BACK] : load(input(row, t, vector), count));
+            store(values, left[k]);
             for (int i = 0; i < count; ++i) to[i * BACK + k] = values[i];
         }
     }

@@ -349,6 +349,58 @@ void store_square(R* to, const Vec<R>* from) {
     for (int i = 0; i < WIDTH; ++i) store(to + i * LANES<R>, x[i]);
 }
 
+// Three vectors of three values a lane, one lane's behind another's, turned: value k of lane i stands at 3 i + k.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int K, class V, int... I>
+HYMBA_INLINE V every_third(V a, V b, V c, std::integer_sequence<int, I...>) {
+    constexpr int n = sizeof...(I);
+    const V ab = __builtin_shufflevector(a, b, (3 * I + K < 2 * n ? 3 * I + K : 0)...);
+    return __builtin_shufflevector(ab, c, (3 * I + K < 2 * n ? I : 3 * I + K - n)...);
+}
+template <int PART, class V, int... I>
+HYMBA_INLINE V merge_thirds(V a, V b, V c, std::integer_sequence<int, I...>) {
+    constexpr int n = sizeof...(I);
+    const V ab = __builtin_shufflevector(a, b, ((PART * n + I) / 3 + ((PART * n + I) % 3 == 1 ? n : 0))...);
+    return __builtin_shufflevector(ab, c, ((PART * n + I) % 3 == 2 ? n + (PART * n + I) / 3 : I)...);
+}
+#define HYMBA_THIRDS
+#endif
+
+// Reads LANES channels of three values each, one channel behind the other, so that to[k] holds value k of every channel;
+// and writes them back so.
+template <class T>
+HYMBA_INLINE void load_thirds(const T* from, Vec<Wide<T>>* to) {
+    using R = Wide<T>;
+    constexpr int L = LANES<R>;
+#if defined(HYMBA_THIRDS)
+    const std::make_integer_sequence<int, L> lanes;
+    const Vec<R> a = load(from), b = load(from + L), c = load(from + 2 * L);
+    to[0] = every_third<0>(a, b, c, lanes);
+    to[1] = every_third<1>(a, b, c, lanes);
+    to[2] = every_third<2>(a, b, c, lanes);
+#else
+    for (int k = 0; k < 3; ++k)
+        for (int i = 0; i < L; ++i) to[k][i] = widen(from[3 * i + k]);
+#endif
+}
+template <class T>
+HYMBA_INLINE void store_thirds(T* to, const Vec<Wide<T>>* from) {
+    using R = Wide<T>;
+    constexpr int L = LANES<R>;
+#if defined(HYMBA_THIRDS)
+    const std::make_integer_sequence<int, L> lanes;
+    store(to, merge_thirds<0>(from[0], from[1], from[2], lanes));
+    store(to + L, merge_thirds<1>(from[0], from[1], from[2], lanes));
+    store(to + 2 * L, merge_thirds<2>(from[0], from[1], from[2], lanes));
+#else
+    for (int k = 0; k < 3; ++k) {
+        T values[L];
+        store(values, from[k]);
+        for (int i = 0; i < L; ++i) to[3 * i + k] = values[i];
+    }
+#endif
+}
+
 // Reads LANES<R> channels of `width` values each, one channel behind the other, so that to[i] holds value i of every
 // channel; channels from `count` on read as zero.
 template <class R>

@@ -30,10 +30,10 @@ HYMBA_API void hymba_add(int dtype, const void* x, const void* y, void* out, int
     if (dtype == 2) add<double>(x, y, out, count, threads);
 }
 
-// to[rows[i], columns[i]] = from[i] for i < count, where `to` is (height, width) stretches of `bytes`, and an index below
-// zero counts from the end. Returns how many indices lie outside; nothing is written there.
+// to[rows[i], columns[i]] = from[i] for i < count, where `to` is (height, width) stretches of `bytes`, those of `from` lie
+// `apart`, and an index below zero counts from the end. Returns how many lie outside; nothing is written there.
 HYMBA_API int hymba_scatter(const char* from, char* to, const int64_t* rows, const int64_t* columns, int64_t count,
-                            int64_t height, int64_t width, int64_t bytes) {
+                            int64_t apart, int64_t height, int64_t width, int64_t bytes) {
     int outside = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = rows[i] < 0 ? rows[i] + height : rows[i];
@@ -41,7 +41,7 @@ HYMBA_API int hymba_scatter(const char* from, char* to, const int64_t* rows, con
         if (row < 0 || row >= height || column < 0 || column >= width)
             ++outside;
         else
-            std::memcpy(to + (row * width + column) * bytes, from + i * bytes, static_cast<size_t>(bytes));
+            std::memcpy(to + (row * width + column) * bytes, from + i * apart, static_cast<size_t>(bytes));
     }
     return outside;
 }

@@ -265,20 +265,34 @@ struct Kernel {
     // ---- Forward ----
 
     void forward() const {
-        parallel_for(x.rows * groups, static_cast<int>(x.threads),
-                     [&](int64_t task) { forward_group(task / groups, task % groups * GROUP); });
+        // The rates cost as much as a decode step: there the rows of a group of channels share them.
+        const int64_t together = x.steps == 1 && x.rows > 0 ? x.rows : 1;
+        parallel_for(x.rows / together * groups, static_cast<int>(x.threads), [&](int64_t task) {
+            const int64_t first = task % groups * GROUP, count = least(GROUP, vectors - first);
+            const Scratch<V> rates(GROUP * N);
+            for (int64_t v = 0; v < count; ++v) load_scaled_rates(first + v, rates + v * N);
+            for (int64_t i = 0, row = task / groups * together; i < together; ++i, ++row) {
+                if (i + 1 < together) fetch_initial(row + 1, first);
+                forward_group(row, first, rates);
+            }
+        });
     }
 
-    void forward_group(int64_t row, int64_t first) const {
+    // Asks for the states that the channels of a group start from: rows are too far apart for the hardware to guess them.
+    void fetch_initial(int64_t row, int64_t first) const {
+        if (!x.initial) return;
+        const int64_t channels = least(GROUP * L, x.width - first * L);
+        const R* from = static_cast<const R*>(x.initial) + row * x.initial_row + first * L * N;
+        for (int64_t i = 0; i < channels * N; i += 64 / static_cast<int>(sizeof(R))) __builtin_prefetch(from + i);
+    }
+
+    void forward_group(int64_t row, int64_t first, const V* rates) const {
         const int64_t count = least(GROUP, vectors - first);
-        const Scratch<V> rates(GROUP * N), state(GROUP * N), initial(GROUP * N);
+        const Scratch<V> state(GROUP * N), initial(GROUP * N);
         const Scratch<R> B(BLOCK * N), C(BLOCK * N);
         Segment segments[BLOCK];
         Block b;
-        for (int64_t v = 0; v < count; ++v) {
-            load_scaled_rates(first + v, rates + v * N);
-            load_initial(row, first + v, initial + v * N);
-        }
+        for (int64_t v = 0; v < count; ++v) load_initial(row, first + v, initial + v * N);
         std::memcpy(state, initial, sizeof(V) * static_cast<size_t>(count * N));
         for (int64_t k = 0, t = 0; k < blocks; ++k, t += BLOCK) {
             const int steps = static_cast<int>(least(BLOCK, x.steps - t)), cuts = cut(row, t, steps, segments);
