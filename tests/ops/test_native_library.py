@@ -60,6 +60,16 @@ print(native.library(), native.level() == "", explain(IMPLEMENTATIONS, "cpu"))
     assert run(program, HYMBA_NATIVE="0").stdout.strip() == "None True HYMBA_NATIVE=0 turns the C++ kernels off"
 
 
+def test_a_cpu_without_kernels_says_so_in_one_line_and_once(tmp_path: Path) -> None:
+    program = (
+        "import torch; from hymba.ops.rms_norm import rms_norm; [rms_norm(*2 * (torch.ones(3),), 0) for _ in range(3)]"
+    )
+    told = run(program, HYMBA_KERNELS=str(tmp_path), HYMBA_NATIVE="1").stderr.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("running without C++ kernels, several times slower: the C++ kernels are not built")
+    assert run(program, HYMBA_NATIVE="0").stderr == ""
+
+
 def test_the_environment_picks_a_level() -> None:
     program = "from hymba.ops import native; print(native.library() is not None, native.level())"
     for level in native.available():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -173,6 +174,7 @@ def _chosen() -> tuple[ctypes.CDLL | None, str]:
         reason = _reason_against(name)
         if not reason:
             return load(name), name
+    logging.getLogger("hymba").warning("running without C++ kernels, several times slower: %s", reason)
     return None, reason
 
 
