@@ -26,6 +26,7 @@ _SECTIONS = (
     ("Other models", tables.comparison),
     ("Training", tables.steps_of_training),
     ("Memory", tables.memories),
+    ("Quality of quantised models", tables.qualities),
     ("Ops, in milliseconds", tables.operations),
     ("Where the numbers come from", tables.provenance),
 )

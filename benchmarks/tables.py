@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -193,6 +194,32 @@ def comparison(held: Held) -> str:
         for name, entry in record["peers"].items()
     ]
     return table((*header, "peak memory"), rows)
+
+
+def qualities(held: Held) -> str:
+    """Return the table of what quantising costs: bits per byte, and the errors of weights and their outputs."""
+    names = sorted({"quality-tiny", *(name for name in held if name.startswith("quality-"))}, reverse=True)
+    header = ("model", "kept as", "bits per byte", "rise", "median error of a weight", "of its output")
+    rows: list[Sequence[Any]] = []
+    for name in names:
+        record = held.get(name)
+        if record is None:
+            rows.append((name.removeprefix("quality-"), *[""] * 4, MISSING))
+            continue
+        for kind, bits in record["bits_per_byte"].items():
+            errors = _median_errors(record["layers"].get(kind, ()))
+            rise = record["rise_percent"][kind]
+            rows.append((record["settings"]["model"], kind, f"{bits:.4f}", f"{rise:+.2f}%", *errors))
+    return table(header, rows)
+
+
+def _median_errors(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the median errors of the weights that have the fewest bits, and of what they give."""
+    fewest = [layer for layer in layers if layer["bits"] == min(x["bits"] for x in layers)]
+    if not fewest:
+        return "–", "–"
+    weight, output = (statistics.median(layer[key] for layer in fewest) for key in ("error", "output_error"))
+    return f"{weight:.1%}", f"{output:.1%}"
 
 
 def provenance(held: Held) -> str:
