@@ -50,7 +50,7 @@ def differentiated(implementation, heads: list[Tensor], grad: Tensor, mask: Mask
 def assert_near(ours: Tensor, wanted: Tensor) -> None:
     """Weights, outputs and gradients are each rounded to bfloat16 once or twice."""
     error = (ours.double() - wanted).norm()
-    assert float(error) <= 6e-3 * float(wanted.norm()) + 1e-6
+    assert float(error) <= 6e-3 * float(wanted.norm()) + 1e-4
 
 
 @pytest.mark.parametrize("tiled", TILED)
