@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hymba.ops import native as kernels
-from hymba.ops.attention import QuantizedHeads, blocks, native, reference, round_heads
+from hymba.ops.attention import QuantizedHeads, blocks, cpu, native, reference, round_heads
 from hymba.ops.attention.reference import Mask
 
 # The levels of instructions that the kernel runs at; tests that take no level hold for torch's kernels too.
@@ -47,10 +47,10 @@ def differentiated(implementation, heads: list[Tensor], grad: Tensor, mask: Mask
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def assert_near(ours: Tensor, wanted: Tensor) -> None:
+def assert_near(ours: Tensor, wanted: Tensor, slack: float = 0) -> None:
     """Weights, outputs and gradients are each rounded to bfloat16 once or twice."""
     error = (ours.double() - wanted).norm()
-    assert float(error) <= 6e-3 * float(wanted.norm()) + 1e-4
+    assert float(error) <= 6e-3 * float(wanted.norm()) + 1e-4 + slack
 
 
 @pytest.mark.parametrize("tiled", TILED)
@@ -74,8 +74,11 @@ def test_values_and_gradients_equal_the_reference(tiled, seed, steps, stored, nu
         with torch.no_grad():
             assert torch.equal(native.attention(*tensors, **mask), results[0])
     wanted = differentiated(reference.attention, [x.double() for x in tensors], grad, mask)
-    for ours, theirs in zip(results, wanted, strict=True):
-        assert_near(ours, theirs)
+    torchs = differentiated(cpu.attention, tensors, grad, mask)
+    for ours, theirs, exact in zip(results, torchs, wanted, strict=True):
+        # Few keys leave small differences of large numbers: as exact as torch's kernels, which round alike, is enough.
+        slack = 1.5 * float((theirs.double() - exact).norm())
+        assert_near(ours, exact, slack)
     assert not results[0][arguments["query_positions"] < 0].any()
 
 
