@@ -68,14 +68,15 @@ HYMBA_INLINE Pair ordered(Pair x) {
     return x;
 }
 
-// Memory that is read soon, called for a few lines at a time.
+// Memory that is read soon, called for a few lines at a time, and no nearer than the second-level cache: the first has
+// few places for lines under way, and what is computed meanwhile needs them.
 struct Ahead {
     const char* at;
     int64_t lines, step;  // still to come, and of a step
 
     HYMBA_INLINE void call() {
         const int64_t count = step < lines ? step : lines;
-        for (int64_t i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 3);
+        for (int64_t i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 2);
         lines -= count;
     }
 };
@@ -481,15 +482,19 @@ struct Decoder {
             const Vec<float> s = load(scores + j);
             most = s > most ? s : most;
         }
-        float largest = most[0];
-        for (int i = 1; i < FLOATS; ++i) largest = most[i] > largest ? most[i] : largest;
+        // Every round halves the number of different lanes: in the end all hold the largest, and all the sum.
+        for (int round = 1; round < FLOATS; round *= 2) {
+            const Vec<float> low = interleave_low(most, most), high = interleave_high(most, most);
+            most = low > high ? low : high;
+        }
         for (int j = 0; j < count; j += FLOATS) {
-            const Vec<float> weight = exp(load(scores + j) - largest);
+            const Vec<float> weight = exp(load(scores + j) - most);
             store(scores + j, weight);
             sum += weight;
         }
-        to[0] = largest;
-        to[1] = sum_lanes<float>(sum);
+        for (int round = 1; round < FLOATS; round *= 2) sum = interleave_low(sum, sum) + interleave_high(sum, sum);
+        to[0] = most[0];
+        to[1] = sum[0];
     }
 
     // Puts the results of one head together.
