@@ -352,17 +352,19 @@ struct Decoder {
         const int64_t slots = part_slots(part), blocks = (slots + tiles::BLOCK - 1) / tiles::BLOCK;
         const int64_t now = row * parts + part;
         if (run.row != row) turn_queries(row, run);
-        Ahead keys = ahead(d.k, d.k_row, d.k_slot, d.key_width, now, run, d.heads);
+        // Memory is called for in every stage: it would idle in those that do not, and be waited for in the others.
+        Ahead keys = ahead(d.k, d.k_row, d.k_slot, d.key_width, now, run, d.groups * blocks + d.heads);
         Scratch<float> weights(d.heads * PART);
-        score_tiles(row, part, run.queries, weights);
+        score_tiles(row, part, run.queries, keys, weights);
         for (int64_t h = 0; h < d.heads; ++h) {
             softmax(weights + h * PART, static_cast<int>(padded(slots)), results + h * result);
             keys.call();
         }
         Scratch<bf16> halves(d.groups * blocks * 2 * shared * tiles::BLOCK);
-        split_weights(row, part, weights, halves);
-        const int64_t steps = d.groups * (d.value_width / tiles::BLOCK) * blocks * (tiles::BLOCK / 2);
-        const Ahead values = ahead(d.v, d.v_row, d.v_slot, d.value_width, now, run, steps);
+        const int64_t pairs = d.groups * (d.value_width / tiles::BLOCK) * blocks * (tiles::BLOCK / 2);
+        const int64_t steps = d.heads * blocks * (tiles::BLOCK / 16) + pairs;
+        Ahead values = ahead(d.v, d.v_row, d.v_slot, d.value_width, now, run, steps);
+        split_weights(row, part, weights, values, halves);
         if (sights[now] == ~uint64_t{0})
             weigh_tiles<true>(row, part, halves, values, results + 2);
         else
@@ -381,7 +383,7 @@ struct Decoder {
 
     // Writes the scores (heads, PART); −∞ where a slot is not seen. All products come first: the unit's are long under
     // way, and those of one block need not wait for what vectors make of the one before.
-    void score_tiles(int64_t row, int64_t part, const uint32_t* queries, float* scores) const {
+    void score_tiles(int64_t row, int64_t part, const uint32_t* queries, Ahead& next, float* scores) const {
         const int64_t first = part * PART, slots = part_slots(part);
         Scratch<float> products(d.groups * PART * 16);
         Scratch<T> tail(tiles::BLOCK * d.key_width);
@@ -398,6 +400,7 @@ struct Decoder {
                 if constexpr (!std::is_same_v<T, float>)
                     tiles::score(keys, stride, d.key_width, queries + g * d.key_width * 8,
                                  products + (g * PART + at) * 16);
+                next.call();
             }
         Scratch<float> factors(PART);
         for (int64_t g = 0; g < d.groups; ++g) {
@@ -421,7 +424,7 @@ struct Decoder {
     }
 
     // Splits weights (heads, PART) in two bf16 that add up to them, (groups, blocks, 2 shared, BLOCK).
-    void split_weights(int64_t row, int64_t part, float* weights, bf16* halves) const {
+    void split_weights(int64_t row, int64_t part, float* weights, Ahead& next, bf16* halves) const {
         constexpr int BLOCK = tiles::BLOCK;
         const int64_t first = part * PART, slots = part_slots(part), blocks = (slots + BLOCK - 1) / BLOCK;
         Scratch<float> factors(PART);
@@ -436,6 +439,7 @@ struct Decoder {
                     const Vec<float> weight = load(weights + j);
                     store(upper, weight);
                     store(upper + shared * BLOCK, weight - load(upper));
+                    next.call();
                 }
             }
         }
