@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hymba.ops.linear.weight import QuantizedWeight, dequantize
 
-BLOCK = 1 << 22  # entries of a weight dequantised together: few enough to stay in cache, enough for a fast product
+BLOCK = 1 << 24  # entries of a weight dequantised together: enough for a fast product, and little memory
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,10 @@ def by_blocks(
     widen: Callable[[QuantizedWeight, torch.dtype], Tensor],
 ) -> Tensor:
     """Return the product with a quantised weight, one block of outputs after another widened by `widen`."""
-    size, out = block_size(weight), x.new_empty(*x.shape[:-1], weight.out_features)
+    size = block_size(weight)
+    if size >= weight.out_features:
+        return F.linear(x, widen(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    out = x.new_empty(*x.shape[:-1], weight.out_features)
     for start in range(0, weight.out_features, size):
         block = widen(weight.outputs(start, start + size), x.dtype)
         out[..., start : start + size] = F.linear(x, block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,22 @@ from hymba.ops.linear.weight import QuantizedWeight
 
 MOST_ROWS = 16  # beyond, the matrix units of torch's product win
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}  # of an entry, by the dtype of a weight's values
+
+
+class _Kept(threading.local):
+    """A thread's memory for widened weights, kept from one product to the next: fresh pages would cost as much as the
+    widening."""
+
+    memory: Tensor | None = None
+
+    def take(self, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        """Return (outputs, inputs) of a dtype, uninitialised, until the next call."""
+        if self.memory is None or self.memory.dtype != dtype or self.memory.numel() < outputs * inputs:
+            self.memory = torch.empty(outputs * inputs, dtype=dtype)
+        return self.memory[: outputs * inputs].view(outputs, inputs)
+
+
+_kept = _Kept()
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +47,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
     rows = x.numel() // inputs
     if rows > MOST_ROWS:
         if isinstance(weight, QuantizedWeight):
-            buffer = x.new_empty(cpu.block_size(weight), weight.in_features)
+            buffer = _kept.take(min(cpu.block_size(weight), weight.out_features), inputs, x.dtype)
             return cpu.by_blocks(x, weight, bias, lambda block, dtype: dequantize(block, dtype, buffer))
         return cpu.linear(x, weight, bias)
     if not x.is_contiguous():
