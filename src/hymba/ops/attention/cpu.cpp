@@ -286,21 +286,7 @@ struct Decoder {
             }
         }
 #pragma GCC unroll 5
-        for (int r = 0; r < R; ++r) store_sums(sums[r], scores + r * PART);
-    }
-
-    static HYMBA_INLINE void store_sums(const Vec<float> (&v)[KEYS], float* to) {
-        typedef Vec<double> Doubles;
-        typedef float Four __attribute__((vector_size(16)));
-        const Vec<float> ab = interleave_low(v[0], v[1]) + interleave_high(v[0], v[1]);
-        const Vec<float> cd = interleave_low(v[2], v[3]) + interleave_high(v[2], v[3]);
-        const Doubles x = reinterpret_cast<Doubles>(ab), y = reinterpret_cast<Doubles>(cd);
-        const Vec<float> abcd =
-            reinterpret_cast<Vec<float>>(interleave_low(x, y)) + reinterpret_cast<Vec<float>>(interleave_high(x, y));
-        Four parts[FLOATS / KEYS];
-        std::memcpy(parts, &abcd, sizeof parts);
-        for (int i = 1; i < FLOATS / KEYS; ++i) parts[0] += parts[i];
-        std::memcpy(to, parts, sizeof parts[0]);
+        for (int r = 0; r < R; ++r) sum_lanes_of(sums[r], scores + r * PART);
     }
 
     // The weighed sums of the values at `column` for R heads of one group.
