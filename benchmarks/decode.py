@@ -32,7 +32,7 @@ from benchmarks.command import (
 from benchmarks.machine import ReadBandwidth
 from benchmarks.models import all_weight_bytes, kv_bytes, random_model, random_tokens, state_bytes, weight_bytes
 from benchmarks.timing import forget_peak, milliseconds, peak_rss, seconds, timed_kernels
-from hymba.inference.generate import PREFILL_CHUNK
+from hymba.inference.generate import prefill_chunk
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba
 from hymba.ops import native
@@ -106,9 +106,9 @@ class Decoder:
         self.tokens = self._run(self.tokens).argmax(dim=-1)
 
 
-def prefill(model: Hymba, tokens: Tensor, cache: Cache, chunk: int = PREFILL_CHUNK) -> Tensor:
+def prefill(model: Hymba, tokens: Tensor, cache: Cache, chunk: int | None = None) -> Tensor:
     """Run a prompt (B, T) into `cache` in chunks, as `generate` does, and return the likeliest next tokens (B,)."""
-    for part in tokens.split(chunk, dim=1):
+    for part in tokens.split(chunk or prefill_chunk(model), dim=1):
         hidden = model(part, cache=cache).hidden
     return model.logits(hidden[:, -1]).argmax(dim=-1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import Weights
-from hymba.model import Cache, Hymba, HymbaConfig, init_weights
+from hymba.model import Cache, Hymba, HymbaConfig, init_weights, skeleton
 from hymba.model.quantize import quantize
 from hymba.ops.attention import Heads, QuantizedHeads
 
@@ -18,9 +18,7 @@ SEED = 0
 def random_model(size: str, weights: Weights = Weights.bf16) -> Hymba:
     """Return a named size with random weights, the same in every run."""
     config = HymbaConfig.named(size)
-    with torch.device("meta"):
-        model = Hymba(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
+    model = skeleton(config).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
     init_weights(model, SEED)
     return model if weights is Weights.bf16 else quantize(model, int(weights.removeprefix("int")))
 

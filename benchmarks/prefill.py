@@ -31,7 +31,7 @@ from benchmarks.machine import ReadBandwidth, matrix_peak
 from benchmarks.models import all_weight_bytes, random_model, random_tokens
 from benchmarks.timing import forget_peak, peak_rss, seconds, timed_ops
 from hymba.errors import HymbaError
-from hymba.inference.generate import PREFILL_CHUNK
+from hymba.inference.generate import prefill_chunk
 from hymba.model import Hymba, HymbaConfig
 
 LENGTHS = "512,1024,2048,4096,8192,16384"
@@ -43,8 +43,9 @@ def prefill(
     rows: Rows = 1,
     tokens: Annotated[str, typer.Option(help="Prompt lengths, with commas between.")] = LENGTHS,
     chunk: Annotated[
-        int, typer.Option(min=0, help="Tokens run at once, as in generation; 0: the whole prompt.")
-    ] = PREFILL_CHUNK,
+        int | None,
+        typer.Option(min=0, help="Tokens run at once; 0: the whole prompt.", show_default="as in generation"),
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Times that each length is run; the median counts.")] = 3,
     threads: Threads = None,
     as_json: Json = False,
@@ -57,11 +58,12 @@ def prefill(
     bandwidth.measure()
     peaks = [matrix_peak()]
     model = random_model(config, weights)
+    tokens_at_once = prefill_chunk(model) if chunk is None else chunk
     forget_peak()
     with bar(f"prefill {config} {weights}", len(lengths) * repeat) as step, torch.no_grad():
         curve = []
         for length in lengths:
-            curve.append(measure(model, rows, length, chunk, repeat, step))
+            curve.append(measure(model, rows, length, tokens_at_once, repeat, step))
     peak = peak_rss()
     peaks.append(matrix_peak())
     gflops = statistics.mean(peak["median"] for peak in peaks)
@@ -76,9 +78,9 @@ def prefill(
         "weight_bytes": all_weight_bytes(model),
         "peak_rss": peak,
     }
-    settings = {"config": config, "weights": weights, "rows": rows, "tokens": lengths, "chunk": chunk}
+    settings = {"config": config, "weights": weights, "rows": rows, "tokens": lengths, "chunk": tokens_at_once}
     name = f"prefill-{config}-{weights}" + (f"-{rows}rows" if rows > 1 else "")
-    name += "" if chunk == PREFILL_CHUNK else f"-{chunk or 'no'}chunks"
+    name += "" if chunk is None else f"-{chunk or 'no'}chunks"
     finish(name, settings, result, _lines(result, settings), as_json, out)
 
 

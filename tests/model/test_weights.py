@@ -11,7 +11,7 @@ from micro import micro_model
 from safetensors.torch import load_file, save_file
 
 from hymba.errors import HymbaError
-from hymba.model import RELEASED_NAMES, Hymba, HymbaConfig, load, save
+from hymba.model import RELEASED_NAMES, HymbaConfig, load, save, skeleton
 
 
 @pytest.fixture
@@ -53,8 +53,7 @@ def test_shards_equal_one_file(tmp_path, tied):
 
 
 def test_the_released_model_has_611_tensors_and_its_parameters():
-    with torch.device("meta"):
-        parameters = dict(Hymba(HymbaConfig.named("1.5b")).named_parameters())
+    parameters = dict(skeleton(HymbaConfig.named("1.5b")).named_parameters())
     assert len(parameters) == 611
     assert sum(p.numel() for p in parameters.values()) == 1_522_797_824
 

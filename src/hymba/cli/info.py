@@ -49,15 +49,12 @@ def info(
 
 def _describe_weights(directory: Path, config: HymbaConfig) -> dict[str, Any]:
     """Count the tensors that the config asks for, and the bytes on disk."""
-    import torch
-
-    from hymba.model import Hymba, Scheme, count_parameters
+    from hymba.model import Scheme, count_parameters, skeleton
     from hymba.model.config import read_config
     from hymba.model.quantize import hollow
 
     scheme = Scheme.from_released(read_config(directory))
-    with torch.device("meta"):
-        model = Hymba(config)
+    model = skeleton(config)
     if scheme is not None:
         hollow(model, scheme)
     files = list(directory.glob("*.safetensors"))

@@ -22,16 +22,12 @@ def init(
 
     For trying sizes and measuring speed: what it generates is noise.
     """
-    import torch
-
     from hymba.inference import find_model, parse_dtype, write_model
-    from hymba.model import Hymba, HymbaConfig, init_weights
+    from hymba.model import HymbaConfig, init_weights, skeleton
 
     source, wanted = find_model(config_dir, weights=False), parse_dtype(dtype)
     config = HymbaConfig.from_directory(source)
-    with torch.device("meta"):
-        model = Hymba(config).to(wanted)
-    model = init_weights(model.to_empty(device="cpu"), seed)
+    model = init_weights(skeleton(config).to(wanted).to_empty(device="cpu"), seed)
     write_model(model, source, out)
     count = sum(p.numel() for p in model.parameters())
     typer.echo(f"{count:,} random parameters in {dtype}, seed {seed}: {out}")

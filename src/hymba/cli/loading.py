@@ -29,13 +29,9 @@ def load_model(
 @contextmanager
 def quantizing(directory: Path) -> Iterator[Callable[[Rounding], None]]:
     """Show a progress bar; yield what is to be called after each weight of the model in `directory`."""
-    import torch
+    from hymba.model import HymbaConfig, count_parameters, skeleton
 
-    from hymba.model import Hymba, HymbaConfig, count_parameters
-
-    config = HymbaConfig.from_directory(directory)
-    with torch.device("meta"):
-        total = count_parameters(Hymba(config))
+    total = count_parameters(skeleton(HymbaConfig.from_directory(directory)))
     with progress_bar() as bar:
         task = bar.add_task("quantising", total=total)
         yield lambda rounding: bar.advance(task, rounding.entries)

@@ -11,13 +11,18 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.inference.sampling import SamplingParams, sample
 from hymba.inference.step import DecodeStep
-from hymba.model import Cache, Hymba
+from hymba.model import Cache, Hymba, scheme_of
 from hymba.text import StopCutter, TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFILL_CHUNK = 512  # tokens of the prompt run at once: bounds the memory that a long prompt takes
+
+
+def prefill_chunk(model: Hymba) -> int:
+    """Return how many tokens of a prompt are run at once: twice as many where each chunk widens quantised weights."""
+    return PREFILL_CHUNK if scheme_of(model) is None else 2 * PREFILL_CHUNK
 
 
 def generate(
@@ -66,7 +71,7 @@ def generate(
 def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int) -> Iterator[int]:
     stops = {model.config.eos_token_id, *params.stop_ids}
     generator = params.generator(ids.device)
-    for chunk in ids.split(PREFILL_CHUNK):
+    for chunk in ids.split(prefill_chunk(model)):
         hidden = model(chunk[None], cache=cache).hidden
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):

@@ -3,7 +3,7 @@
 from hymba.model.cache import Cache, Prefix, cache_nbytes, paper_cache_nbytes
 from hymba.model.config import SIZES, HymbaConfig
 from hymba.model.hymba import Hymba, HymbaOutput
-from hymba.model.init import init_weights
+from hymba.model.init import init_weights, skeleton
 from hymba.model.quantize import Rounding, Scheme, count_parameters, quantize, scheme_of
 from hymba.model.weights import RELEASED_NAMES, load, released_name, save
 
@@ -26,4 +26,5 @@ __all__ = [
     "released_name",
     "save",
     "scheme_of",
+    "skeleton",
 ]

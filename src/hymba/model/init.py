@@ -1,16 +1,37 @@
-"""Initial weights (arXiv 2411.13676: standard deviation 0.02, meta tokens N(0, 1); Mamba's own for the SSM)."""
+"""Models without weights, and initial ones (arXiv 2411.13676: deviation 0.02, meta tokens N(0, 1); SSM as in Mamba)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from hymba.model.config import HymbaConfig
 from hymba.model.hymba import HybridMixer, Hymba, RMSNorm
 
 # Mamba draws its initial step sizes log-uniformly between these (arXiv 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what torch's modules draw for their weights: on the meta device that is nothing, for which torch would
+    import its compiler, over a second and 80 MB."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def skeleton(config: HymbaConfig) -> Hymba:
+    """Return a model on the meta device: every shape, and no memory."""
+    with torch.device("meta"), _Undrawn():
+        return Hymba(config)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from hymba.errors import HymbaError
 from hymba.files import replacing
 from hymba.model.config import CONFIG_FILE, HymbaConfig, read_config
 from hymba.model.hymba import Hymba
+from hymba.model.init import skeleton
 from hymba.model.quantize import CONFIG_KEY, PARTS, Rounding, Scheme, hollow, quantizable, round_weight, scheme_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -94,8 +95,7 @@ def load(
     """
     directory = Path(directory)
     released = read_config(directory)
-    with torch.device("meta"):
-        model = Hymba(HymbaConfig.from_released(released))
+    model = skeleton(HymbaConfig.from_released(released))
     scheme, tensors = Scheme.from_released(released), _stored_tensors(directory)
     if bits is not None and scheme is None:
         scheme = Scheme(bits)

@@ -69,12 +69,15 @@ struct Kernel {
         c.bias = load(bias + vector * L, count);
     }
 
-    void begin(Channels& c, int64_t row, int64_t vector) const {
-        const int count = lanes(vector);
+    void load_weights(int64_t vector, Channels& c) const {
         if (x.wide_weights)
             load_weights(static_cast<const R*>(x.weight), static_cast<const R*>(x.bias), vector, c);
         else
             load_weights(static_cast<const T*>(x.weight), static_cast<const T*>(x.bias), vector, c);
+    }
+
+    void begin(Channels& c, int64_t row, int64_t vector) const {
+        const int count = lanes(vector);
         std::memset(c.initial, 0, sizeof c.initial);
         if (x.initial) {
             const T* from = static_cast<const T*>(x.initial) + row * x.initial_row + vector * L * BACK;
@@ -106,14 +109,19 @@ struct Kernel {
     // ---- Forward ----
 
     void forward() const {
-        parallel_for(x.rows * groups, static_cast<int>(x.threads), [&](int64_t task) {
-            const int64_t row = task / groups, first = task % groups * GROUP, end = least(first + GROUP, vectors);
-            for (int64_t vector = first; vector < end; ++vector) {
-                // In this order, since `final` may be `initial` itself.
+        // The weights cost as much as a decode step: there the rows share them.
+        const int64_t together = x.steps == 1 && x.rows > 0 ? x.rows : 1;
+        parallel_for(x.rows / together * groups, static_cast<int>(x.threads), [&](int64_t task) {
+            const int64_t row = task / groups * together, first = task % groups * GROUP;
+            for (int64_t vector = first; vector < least(first + GROUP, vectors); ++vector) {
                 Channels c;
-                begin(c, row, vector);
-                forward_channels(c, row, vector);
-                leave(c, row, vector);
+                load_weights(vector, c);
+                for (int64_t i = row; i < row + together; ++i) {
+                    // In this order, since `final` may be `initial` itself.
+                    begin(c, i, vector);
+                    forward_channels(c, i, vector);
+                    leave(c, i, vector);
+                }
             }
         });
     }
@@ -177,6 +185,7 @@ struct Kernel {
     void backward_channels(int64_t row, int64_t vector, V* part) const {
         const int count = lanes(vector);
         Channels c;
+        load_weights(vector, c);
         begin(c, row, vector);
         V weight_sum[TAPS + 1] = {}, grad_initial[TAPS] = {}, grad_window[TAPS] = {};
         for (int k = 0; k < BACK; ++k) grad_window[k + 1] = grad_left(row, vector, k);

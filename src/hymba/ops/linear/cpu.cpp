@@ -519,6 +519,10 @@ void turned(const Weights& w, const T* x, int64_t rows, const Use& use) {
     Scratch<int16_t> integers(count);
     std::memset(offsets, 0, static_cast<size_t>(chunks * width) * sizeof(int32_t));
     for (int64_t m = 0; m < rows; ++m) {
+        if (std::is_same_v<T, bf16> && !Format::INTEGERS && w.in == count) {
+            std::memcpy(high + m * bytes, x + m * w.in, static_cast<size_t>(bytes));
+            continue;
+        }
         const float largest = widen_row(x + m * w.in, w.in, count, Format::ALIGNED_LEFT, row);
         if (Format::INTEGERS) {
             scales[m] = quantize(row, largest, count, integers, sums);

@@ -28,10 +28,22 @@ HYMBA_INLINE void scale_some(const int8_t* values, float scale, T* out, int64_t 
         store(out + i, whole(copy + i) * scale, count - i < FLOATS ? static_cast<int>(count - i) : FLOATS);
 }
 
+// Stores past the caches where the place allows: what is written is a whole matrix, and lines that are only written need
+// not be read first.
+template <class V>
+HYMBA_INLINE void store_past(void* to, V x) {
+#if defined(HYMBA_AVX512)
+    static_assert(sizeof x == 64);
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(x));
+#endif
+    std::memcpy(to, &x, sizeof x);
+}
+
 // A vector of bf16 pairs' worth of scaled values. Finite ones alone: the check for NaN that store() makes is left out.
 HYMBA_INLINE void store_finite(float* to, Vec<float> x, Vec<float> y) {
-    store(to, x);
-    store(to + FLOATS, y);
+    store_past(to, x);
+    store_past(to + FLOATS, y);
 }
 HYMBA_INLINE void store_finite(bf16* to, Vec<float> x, Vec<float> y) {
 #if defined(HYMBA_AVX512)
@@ -46,7 +58,7 @@ HYMBA_INLINE void store_finite(bf16* to, Vec<float> x, Vec<float> y) {
         }
     } odd;
     const __m512i both = _mm512_permutex2var_epi16(round(x), load_as<__m512i>(odd.at), round(y));
-    std::memcpy(to, &both, sizeof both);
+    store_past(to, both);
 #else
     store(to, x);
     store(to + FLOATS, y);
@@ -82,8 +94,8 @@ HYMBA_INLINE void widen_group(const uint8_t* halves, bf16 scale, bf16* out) {
     const __m512i both = _mm512_cvtepu8_epi16(load_as<__m256i>(halves));
     const __m512i low = _mm512_permutexvar_epi16(_mm512_and_si512(both, _mm512_set1_epi16(15)), table);
     const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table);
-    std::memcpy(out, &low, sizeof low);
-    std::memcpy(out + CHUNK / 2, &high, sizeof high);
+    store_past(out, low);
+    store_past(out + CHUNK / 2, high);
 }
 #endif
 
@@ -110,6 +122,9 @@ void dequantize(int bits, const Weights& w, T* out, int threads) {
                 widen4(static_cast<const uint8_t*>(w.data) + n * groups * CHUNK / 2,
                        static_cast<const bf16*>(w.scales) + n * groups, w.in, out + n * w.in);
         }
+#if defined(HYMBA_AVX512)
+        _mm_sfence();  // other threads read what went past the caches
+#endif
     });
 }
 

@@ -265,25 +265,32 @@ struct Kernel {
     // ---- Forward ----
 
     void forward() const {
-        // The rates cost as much as a decode step: there the rows of a group of channels share them.
-        const int64_t together = x.steps == 1 && x.rows > 0 ? x.rows : 1;
-        parallel_for(x.rows / together * groups, static_cast<int>(x.threads), [&](int64_t task) {
-            const int64_t first = task % groups * GROUP, count = least(GROUP, vectors - first);
+        if (x.steps == 1) return step_forward();
+        parallel_for(x.rows * groups, static_cast<int>(x.threads), [&](int64_t task) {
+            const int64_t first = task % groups * GROUP;
             const Scratch<V> rates(GROUP * N);
-            for (int64_t v = 0; v < count; ++v) load_scaled_rates(first + v, rates + v * N);
-            for (int64_t i = 0, row = task / groups * together; i < together; ++i, ++row) {
-                if (i + 1 < together) fetch_initial(row + 1, first);
-                forward_group(row, first, rates);
-            }
+            load_group_rates(first, rates);
+            forward_group(task / groups, first, rates);
         });
     }
 
-    // Asks for the states that the channels of a group start from: rows are too far apart for the hardware to guess them.
-    void fetch_initial(int64_t row, int64_t first) const {
-        if (!x.initial) return;
-        const int64_t channels = least(GROUP * L, x.width - first * L);
-        const R* from = static_cast<const R*>(x.initial) + row * x.initial_row + first * L * N;
-        for (int64_t i = 0; i < channels * N; i += 64 / static_cast<int>(sizeof(R))) __builtin_prefetch(from + i);
+    // A decode step: the rates cost as much as all else, so the rows share them; and the states of a row stream.
+    void step_forward() const {
+        const int64_t stretches = least(x.threads, groups);
+        parallel_for(stretches, static_cast<int>(stretches), [&](int64_t i) {
+            const int64_t begin = groups * i / stretches * GROUP, end = least(groups * (i + 1) / stretches * GROUP, vectors);
+            const Scratch<V> rates((end - begin) * N);
+            for (int64_t row = 0; row < x.rows; ++row)
+                for (int64_t first = begin; first < end; first += GROUP) {
+                    V* own = rates + (first - begin) * N;
+                    if (row == 0) load_group_rates(first, own);
+                    forward_group(row, first, own);
+                }
+        });
+    }
+
+    void load_group_rates(int64_t first, V* rates) const {
+        for (int64_t v = 0; v < least(GROUP, vectors - first); ++v) load_scaled_rates(first + v, rates + v * N);
     }
 
     void forward_group(int64_t row, int64_t first, const V* rates) const {
