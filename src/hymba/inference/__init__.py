@@ -1,5 +1,6 @@
-"""From a checkpoint to text: loading, sampling, the plain generation loop, and conversations."""
+"""From a checkpoint to text: loading, sampling, the plain generation loop, conversations, and the engine."""
 
+from hymba.inference.bounds import EngineDeadError, EngineOptions, EngineStats, PromptTooLongError, QueueFullError
 from hymba.inference.checkpoint import (
     check_vacant,
     find_model,
@@ -11,13 +12,25 @@ from hymba.inference.checkpoint import (
     write_model,
 )
 from hymba.inference.conversation import Conversation
+from hymba.inference.engine import Engine
 from hymba.inference.generate import Continuation, encode_prompt, generate
-from hymba.inference.sampling import SamplingParams, sample
+from hymba.inference.sampling import SamplingParams, SamplingState, sample
+from hymba.inference.sequence import Sequence, TokenLogprob, Update
 
 __all__ = [
     "Continuation",
     "Conversation",
+    "Engine",
+    "EngineDeadError",
+    "EngineOptions",
+    "EngineStats",
+    "PromptTooLongError",
+    "QueueFullError",
     "SamplingParams",
+    "SamplingState",
+    "Sequence",
+    "TokenLogprob",
+    "Update",
     "check_vacant",
     "encode_prompt",
     "find_model",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
-from hymba.inference.sampling import SamplingParams, sample
+from hymba.inference.sampling import SamplingParams, SamplingState, sample
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba, scheme_of
 from hymba.text import StopCutter, TextStream
@@ -67,16 +67,23 @@ def generate(
     return _run(model, ids, params, cache, count)
 
 
+def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
+    """Return the tokens that end a text."""
+    own = () if params.ignore_eos else (model.config.eos_token_id,)
+    return {*own, *params.stop_ids}
+
+
 @torch.no_grad()
 def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int) -> Iterator[int]:
-    stops = {model.config.eos_token_id, *params.stop_ids}
-    generator = params.generator(ids.device)
+    stops = end_ids(model, params)
+    state = SamplingState(params, ids.tolist(), stops)
     for chunk in ids.split(prefill_chunk(model)):
         hidden = model(chunk[None], cache=cache).hidden
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):
-        next_id = sample(logits, params, generator)
+        next_id = sample(logits, [state])
         yield (token := int(next_id))
+        state.accept(token)
         if token in stops or step == count - 1:
             return
         logits = run_step(next_id)
@@ -118,7 +125,7 @@ class Continuation:
         self.pieces: list[str] = []
         self.text = ""
         self.finish: str | None = None
-        self._stops = {model.config.eos_token_id, *params.stop_ids}
+        self._stops = end_ids(model, params)
         self._stream, self._cutter = TextStream(tokenizer), StopCutter(params.stop)
         self._ids = generate(model, prompt, params, cache, max_prompt_tokens, cache_bits)
 

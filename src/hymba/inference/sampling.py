@@ -1,14 +1,27 @@
-"""Choosing the next token."""
+"""Choosing the next token.
+
+A text's randomness is a number for each of its tokens, counted from its seed (:func:`uniform`), and what may be drawn is
+decided by a row's logits alone: so a seed gives one text, on any device, in any batch, however its steps are cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
+
+if TYPE_CHECKING:
+    from hymba.inference.constraint import Constraint
+
+_LIKELIEST = 512  # tokens that are looked at first when the unlikely ones are cut off
+_64_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -20,12 +33,22 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0  # before which no token ends the text
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens only
-    top_p: float = 1.0  # then from the fewest of them that hold this much probability
+    top_p: float = 1.0  # then from the fewest of them that hold this much probability (arXiv 1904.09751)
+    min_p: float = 0.0  # and from those at least this likely beside the likeliest (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or the text (arXiv 1909.05858)
+    presence_penalty: float = 0.0  # is taken from the logits of tokens in the text
+    frequency_penalty: float = 0.0  # the same for each time that they are in it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens and what is added to their logits
     seed: int | None = None  # None: another text each time
     stop: tuple[str, ...] = ()  # texts that end the answer and are cut off
     stop_ids: tuple[int, ...] = ()  # tokens that end it, beside the model's own end-of-text
+    ignore_eos: bool = False  # go on past the model's own end-of-text
+    logprobs: int | None = None  # alternatives to report beside each new token; 0: the token's own alone
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    constraint: Constraint | None = None  # a grammar that the text must follow
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -34,53 +57,183 @@ class SamplingParams:
     def _problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
             yield f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            yield f"min_new_tokens must be from 0 to max_new_tokens, not {self.min_new_tokens}"
+        if not 0 <= self.temperature < math.inf:
             yield f"temperature must be 0 or more, not {self.temperature}"
         if self.top_k is not None and self.top_k < 1:
             yield f"top_k must be 1 or more, not {self.top_k}"
         if not 0 < self.top_p <= 1:
             yield f"top_p must lie above 0 and be at most 1, not {self.top_p}"
+        if not 0 <= self.min_p <= 1:
+            yield f"min_p must be from 0 to 1, not {self.min_p}"
+        if not 0 < self.repetition_penalty < math.inf:
+            yield f"repetition_penalty must be above 0, not {self.repetition_penalty}"
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                yield f"{name} must be a finite number, not {getattr(self, name)}"
+        for token, bias in self.logit_bias:
+            if token < 0 or math.isnan(bias) or bias == math.inf:
+                yield f"logit_bias must be of token ids and numbers, not {token}: {bias}"
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) < 0:
+                yield f"{name} must be 0 or more, not {getattr(self, name)}"
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             yield f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed}"
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return a source of randomness on `device`, begun at the seed if there is one."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+
+class Matcher(Protocol):
+    """Where one text stands in the grammar that it follows; see :class:`hymba.inference.constraint.Constraint`."""
+
+    def mask(self, vocab_size: int) -> Tensor:
+        """Return (vocab_size,) bool: which tokens may follow."""
+
+    def accept(self, token: int) -> None:
+        """Take a token in."""
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
-    """Choose one token a row.
+def uniform(seed: int, index: int) -> float:
+    """Return the number in [0, 1), a multiple of 2^-48, that decides a text's token `index`: SplitMix64 (Steele, Lea
+    and Flood, 2014) as a function of a counter."""
+    x = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _64_BITS
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _64_BITS
+    return ((x ^ (x >> 31)) >> 16) / (1 << 48)
 
-    The logits are divided by the temperature, then cut to the `top_k` likeliest tokens, then to the fewest of
-    those whose probabilities, summing to 1 among themselves, reach `top_p` (arXiv 1904.09751), all
-    in at least float32.
+
+class SamplingState:
+    """What the choice of one text's next token depends on beside the logits.
+
+    Args:
+        params: of the text.
+        prompt: the ids it continues.
+        end_ids: tokens that end it, which `min_new_tokens` puts off.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], end_ids: Iterable[int] = ()) -> None:
+        self.params = params
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.count = 0  # tokens chosen so far
+        self._end_ids = sorted(set(end_ids))
+        self._prompt = prompt if params.repetition_penalty != 1 else ()
+        self._penalises = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+        self._seen: Tensor | None = None  # (vocab,) bool, in the prompt or the text
+        self._counts: Tensor | None = None  # (vocab,) of the text
+        self._matcher: Matcher | None = params.constraint.begin() if params.constraint else None
+
+    @property
+    def alters(self) -> bool:
+        """Whether the next token's logits are changed before anything is drawn from them."""
+        p = self.params
+        return bool(self._penalises or p.logit_bias or self._matcher or self.count < p.min_new_tokens)
+
+    def alter(self, logits: Tensor) -> None:
+        """Apply penalties, bias and bans to the logits (vocab,) of the next token, in place."""
+        p = self.params
+        if self._penalises:
+            self._penalise(logits)
+        for token, bias in p.logit_bias:
+            if token >= len(logits):
+                raise HymbaError(f"logit_bias names token {token}, but the vocabulary has {len(logits)}")
+            logits[token] += bias
+        if self._matcher is not None:
+            logits.masked_fill_(~self._matcher.mask(len(logits)).to(logits.device), -math.inf)
+        if self.count < p.min_new_tokens and self._end_ids:
+            held = logits[self._end_ids]
+            logits[self._end_ids] = -math.inf
+            if bool(logits.amax() == -math.inf):  # a grammar that lets nothing but the end follow
+                logits[self._end_ids] = held
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen into account."""
+        self.count += 1
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        if self._counts is not None and self._seen is not None:
+            self._counts[token] += 1
+            self._seen[token] = True
+
+    def _penalise(self, logits: Tensor) -> None:
+        p = self.params
+        if self._seen is None or self._counts is None:
+            self._counts = torch.zeros_like(logits)
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[torch.tensor(self._prompt, dtype=torch.int64, device=logits.device)] = True
+        if p.repetition_penalty != 1:
+            divided = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            torch.where(self._seen, divided, logits, out=logits)
+        logits -= p.presence_penalty * (self._counts > 0) + p.frequency_penalty * self._counts
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Choose one token a row; the states are told nothing of it.
+
+    The logits are altered, divided by the temperature, then cut to the `top_k` likeliest tokens, then to the fewest of
+    those whose probabilities, summing to 1 among themselves, reach `top_p`, then to those above `min_p`, all in at least
+    float32. Among equals the lower id comes first. A row's choice does not depend on the other rows.
 
     Args:
         logits: (B, vocab), any floating dtype.
+        states: of the B texts.
 
     Returns:
         (B,) int64. At temperature 0 the likeliest token, the lowest id among equals.
 
     Raises:
-        HymbaError: a logit is not a number.
+        HymbaError: a logit is not a number, or nothing may follow.
     """
     if bool(logits.isnan().any()):
         raise HymbaError("the model gave NaN logits: its weights are damaged, or overflow in this dtype")
-    if params.temperature == 0:
+    params = [state.params for state in states]
+    if any(state.alters for state in states):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        for row, state in zip(logits, states, strict=True):
+            if state.alters:
+                state.alter(row)
+        if bool((logits.amax(dim=-1) == -math.inf).any()):
+            raise HymbaError("no token may follow: the constraint or the bias forbids them all")
+    if all(p.temperature == 0 for p in params):
         return logits.argmax(dim=-1)
+    draws = [uniform(state.seed, state.count) for state in states]
+    return torch.where(_column(params, "temperature", logits)[:, 0] == 0, logits.argmax(dim=-1), _draw(logits, params, draws))
+
+
+def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
+    """Return for each row the token at which the probabilities, added in the order of ids, pass a share of their sum."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    temperature = _column(params, "temperature", logits)
     # The largest becomes 0, so that a tiny temperature overflows to −inf only.
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
-    if params.top_k is None and params.top_p == 1:
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(-1)
-    vocabulary = logits.shape[-1]
-    scores, tokens = scores.topk(min(params.top_k or vocabulary, vocabulary), dim=-1)  # likeliest first
-    probabilities = scores.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    kept = torch.where(before < params.top_p, probabilities, 0)
-    return tokens.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(temperature == 0, 1, temperature)
+    weights = scores.exp()
+    if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
+        weights = torch.where(_kept(scores, weights, params), weights, 0)
+    sums = weights.double().cumsum(dim=-1)
+    wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True)[:, 0]
+
+
+def _kept(scores: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return (B, vocab): which tokens the cuts leave, given the scores below 0 and their exponentials."""
+    vocabulary = scores.shape[-1]
+    most = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=scores.device)
+    top_p, min_p = _column(params, "top_p", scores), _column(params, "min_p", scores)
+    # Most often the likeliest few hundred decide; a sort of all takes ten times as long.
+    for looked_at in (_LIKELIEST, vocabulary):
+        ordered = scores.topk(min(looked_at, vocabulary), dim=-1).values
+        allowed = torch.arange(ordered.shape[-1], device=scores.device) < most
+        held = torch.where(allowed, ordered.exp(), 0).double()
+        total = torch.where(most < vocabulary, held.sum(dim=-1, keepdim=True), weights.double().sum(dim=-1, keepdim=True))
+        before = held.cumsum(dim=-1) - held
+        allowed &= ((before < top_p * total) | (top_p >= 1)) & (ordered >= min_p.log())
+        counts = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
+        if ordered.shape[-1] == vocabulary or bool((counts < ordered.shape[-1]).all()):
+            break
+    last = ordered.gather(-1, counts - 1)
+    above, equal = scores > last, scores == last
+    return above | (equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
+
+
+def _column(params: Sequence[SamplingParams], name: str, like: Tensor) -> Tensor:
+    """Return one of the numbers in `params` as (B, 1)."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.tensor([[getattr(p, name)] for p in params], dtype=dtype, device=like.device)
