@@ -75,7 +75,7 @@ def train_sentencepiece(directory: Path) -> Path:
 @pytest.fixture(autouse=True)
 def unrecorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A puppet speaks in Python, which a recording would leave out."""
-    monkeypatch.setattr(DecodeStep, "__call__", lambda self, tokens: self._run(tokens[:, None]))
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self, tokens: self._run(tokens[:, None], None))
 
 
 @pytest.fixture(params=["byte-level", "SentencePiece"])

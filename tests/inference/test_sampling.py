@@ -1,20 +1,35 @@
 """Sampling: the distribution it draws from, its cuts, its determinism."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba.errors import HymbaError
-from hymba.inference import SamplingParams, sample
+from hymba.inference import SamplingParams, SamplingState, sample
+from hymba.inference.sampling import uniform
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+MANY: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0},
+    {"temperature": 0.8, "top_k": 7},
+    {"top_p": 0.8},
+    {"top_p": 0.999999, "min_p": 0.001},
+    {"repetition_penalty": 1.2, "logit_bias": ((3, 2.0),)},
+]
 
 
-def draw(logits: torch.Tensor, count: int = 4000, seed: int = 0, **params: float) -> torch.Tensor:
+def states(count: int, seed: int = 0, **params: Any) -> list[SamplingState]:
+    """What `count` texts with seeds of their own have before their first token."""
+    return [SamplingState(SamplingParams(seed=seed + i, **params), []) for i in range(count)]
+
+
+def draw(logits: torch.Tensor, count: int = 4000, **params: Any) -> torch.Tensor:
     """The share of each token among `count` draws of one row of logits."""
-    chosen = SamplingParams(**params)
-    tokens = sample(logits.expand(count, -1), chosen, torch.Generator().manual_seed(seed))
+    tokens = sample(logits.expand(count, -1), states(count, **params))
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
 
 
@@ -42,22 +57,77 @@ def test_top_k_keeps_k_even_among_equals() -> None:
 
 def test_temperature_zero_takes_the_likeliest_of_each_row() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 5.0, -1.0]])
-    assert sample(logits, SamplingParams(temperature=0), torch.Generator()).tolist() == [1, 0]
+    assert sample(logits, states(2, temperature=0)).tolist() == [1, 0]
+
+
+def test_min_p_keeps_what_is_likely_beside_the_likeliest() -> None:
+    wanted = torch.tensor([5 / 9, 2 / 9, 2 / 9, 0])
+    assert torch.allclose(draw(LOGITS, min_p=0.39), wanted, atol=0.03)
+    assert draw(LOGITS, min_p=0.41).tolist() == [1, 0, 0, 0]
+
+
+def test_cuts_beyond_the_likeliest_few_hundred() -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
+    for params in ({"top_p": 0.99}, {"top_k": 3000}, {"top_k": 700, "top_p": 0.97}):
+        share = draw(logits, 3000, **params)
+        ordered, places = logits[0].sort(descending=True)
+        kept = params.get("top_k", 5000)
+        weights = ordered[:kept].softmax(-1)
+        cut = int((weights.cumsum(-1) - weights < params.get("top_p", 1)).sum())
+        assert set(share.nonzero()[:, 0].tolist()) <= set(places[:cut].tolist())
+        assert (share > 0).sum() > 0.3 * cut
+
+
+@given(st.lists(st.integers(0, len(MANY) - 1), min_size=1, max_size=6), st.integers(0, 99))
+def test_a_row_does_not_depend_on_its_neighbours(chosen: list[int], seed: int) -> None:
+    logits = 3 * torch.randn(len(chosen), 700, generator=torch.Generator().manual_seed(seed))
+    rows = [SamplingState(SamplingParams(seed=seed + i, **MANY[which]), [3, 4]) for i, which in enumerate(chosen)]
+    together = sample(logits, rows).tolist()
+    assert together == [int(sample(logits[i : i + 1], [state])) for i, state in enumerate(rows)]
 
 
 @given(st.integers(0, 2**40), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_a_seed_decides_the_draw(seed: int, dtype: torch.dtype) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
-    params = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=seed)
-    first, second = (sample(logits, params, params.generator(torch.device("cpu"))) for _ in range(2))
+    first, second = (sample(logits, states(3, seed, temperature=0.7, top_k=20, top_p=0.9)) for _ in range(2))
     assert first.dtype == torch.int64
     assert first.equal(second)
 
 
+def test_a_texts_draws_are_uniform_and_differ() -> None:
+    draws = torch.tensor([[uniform(seed, index) for index in range(100)] for seed in range(100)]).flatten()
+    counts = torch.histc(draws, 20, 0, 1)
+    assert len(set(draws.tolist())) == 10_000
+    assert float(((counts - 500) ** 2 / 500).sum()) < 43.8  # chi-square, 19 degrees: 0.1%
+
+
 def test_without_a_seed_draws_differ() -> None:
-    params = SamplingParams()
-    draws = {tuple(sample(torch.zeros(8, 1000), params, params.generator(torch.device("cpu"))).tolist()) for _ in "12"}
-    assert len(draws) == 2
+    texts = {tuple(sample(torch.zeros(8, 1000), [SamplingState(SamplingParams(), []) for _ in range(8)])) for _ in "12"}
+    assert len(texts) == 2
+
+
+def test_penalties_follow_their_formulas() -> None:
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    state = SamplingState(params, [1, 2])
+    first = torch.tensor([2.0, 2.0, -2.0, 1.0])
+    state.alter(first)
+    assert first.tolist() == [2.0, 1.0, -4.0, 1.0]
+    for token in (3, 3, 1):
+        state.accept(token)
+    logits = torch.tensor([2.0, 2.0, -2.0, 1.0])
+    state.alter(logits)
+    assert logits.tolist() == [2.0, 1.0 - 0.5 - 0.25, -4.0, 0.5 - 0.5 - 0.5]
+
+
+def test_the_end_is_put_off_and_bias_is_added() -> None:
+    params = SamplingParams(temperature=0, min_new_tokens=1, logit_bias=((2, 3.0), (0, -100.0)))
+    state, logits = SamplingState(params, [], end_ids=[1]), torch.tensor([[5.0, 9.0, 1.0, 3.0]])
+    assert int(sample(logits, [state])) == 2
+    state.accept(2)
+    assert int(sample(logits, [state])) == 1
+    assert logits.tolist() == [[5.0, 9.0, 1.0, 3.0]]
+    with pytest.raises(HymbaError, match="logit_bias names token 9, but the vocabulary has 4"):
+        sample(logits, states(1, logit_bias=((9, 1.0),)))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +140,13 @@ def test_without_a_seed_draws_differ() -> None:
         ({"top_p": 0.0}, "top_p must lie above 0"),
         ({"top_p": 1.5}, "top_p must lie above 0"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1"),
+        ({"min_new_tokens": 200}, "min_new_tokens must be from 0 to max_new_tokens"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a finite number"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a finite number"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias must be of token ids and numbers"),
+        ({"logprobs": -1}, "logprobs must be 0 or more"),
     ],
 )
 def test_numbers_out_of_range_are_refused(params: dict[str, float], problem: str) -> None:
@@ -79,4 +156,4 @@ def test_numbers_out_of_range_are_refused(params: dict[str, float], problem: str
 
 def test_nan_logits_are_told() -> None:
     with pytest.raises(HymbaError, match="NaN logits"):
-        sample(torch.tensor([[1.0, float("nan")]]), SamplingParams(temperature=0), torch.Generator())
+        sample(torch.tensor([[1.0, float("nan")]]), states(1, temperature=0))

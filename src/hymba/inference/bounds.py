@@ -32,8 +32,9 @@ class EngineOptions:
     """How much an engine may hold.
 
     max_rows: texts that run at once. max_length: tokens of each, prompt and continuation; None: the model's own limit.
-    max_waiting: texts that may queue. prefix_cache_bytes: of snapshots; 0: none. cache_bits: 8 quantises keys and values.
-    speculate: draft what followed the same tokens before, where it pays.
+    max_waiting: texts that may queue. prefix_cache_bytes: of snapshots; 0: none. cache_bits: 8 quantises keys and
+    values. speculate: draft what followed the same tokens before, where it pays. prefill_tokens: of a prompt at once;
+    None: as many as `generate` takes.
     """
 
     max_rows: int = 8
@@ -42,7 +43,7 @@ class EngineOptions:
     prefix_cache_bytes: int = 1 << 30
     cache_bits: int | None = None
     speculate: bool = True
-    prefill_tokens: int | None = None  # of a prompt at once; None: as many as `generate` takes
+    prefill_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_length", "max_waiting", "prefill_tokens"):

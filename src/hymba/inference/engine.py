@@ -1,8 +1,8 @@
 """Many texts at once: continuous batching over the rows of one cache.
 
 A step reads a piece of a prompt, then adds a token to every text that runs. What each text becomes is what
-:func:`hymba.inference.generate` makes of it alone: a row sees nothing of the others, a seed's draws do not depend on them,
-and drafts (:mod:`hymba.inference.speculation`) are kept only where they are what would have been chosen.
+:func:`hymba.inference.generate` makes of it alone: a row sees nothing of the others, a seed's draws do not depend on
+them, and drafts (:mod:`hymba.inference.speculation`) are kept only where they are what would have been chosen.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ class Engine:
         HymbaError: `options` ask for more tokens than the model's limit, or for more memory than there is.
     """
 
-    def __init__(
-        self, model: Hymba, tokenizer: PreTrainedTokenizerBase, options: EngineOptions = EngineOptions()
-    ) -> None:
-        limit = model.config.max_position_embeddings
+    def __init__(self, model: Hymba, tokenizer: PreTrainedTokenizerBase, options: EngineOptions | None = None) -> None:
+        options, limit = options or EngineOptions(), model.config.max_position_embeddings
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.max_length = limit if options.max_length is None else options.max_length
         if self.max_length > limit:

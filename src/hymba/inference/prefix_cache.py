@@ -1,8 +1,8 @@
 """What earlier texts left behind, found by their tokens: a tree of prefixes with snapshots at some of its nodes.
 
 The state of a hybrid model cannot be cropped, so a prompt can start from a snapshot only where one was taken. They are
-taken where prompts and turns end, every so often within a long prompt, and where a new prompt leaves an earlier one: there
-others will leave it too (Marconi, arXiv 2411.19379; the tree is RadixAttention's, arXiv 2312.07104).
+taken where prompts and turns end, every so often within a long prompt, and where a new prompt leaves an earlier one:
+there others will leave it too (Marconi, arXiv 2411.19379; the tree is RadixAttention's, arXiv 2312.07104).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Runner:
 
     @torch.no_grad()
     def prefill(self, row: int, held: int, tokens: Items[int], every: bool = False) -> Tensor:
-        """Run tokens into a row that holds `held`; return logits behind the last one, (1, vocab), or `every` (T, vocab)."""
+        """Run tokens into a row that holds `held`; return logits (1, vocab) behind the last, or `every` (T, vocab)."""
         view = view_rows(self.cache, row, 1, held)
         hidden = self.model(self._tensor([tokens]), cache=view).hidden[0]
         return self.model.logits(hidden if every else hidden[-1:])

@@ -1,7 +1,7 @@
 """Choosing the next token.
 
-A text's randomness is a number for each of its tokens, counted from its seed (:func:`uniform`), and what may be drawn is
-decided by a row's logits alone: so a seed gives one text, on any device, in any batch, however its steps are cut.
+A text's randomness is a number for each of its tokens, counted from its seed (:func:`uniform`), and what may be drawn
+is decided by a row's logits alone: so a seed gives one text, on any device, in any batch, however its steps are cut.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 128
-    min_new_tokens: int = 0  # before which no token ends the text
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens only
     top_p: float = 1.0  # then from the fewest of them that hold this much probability (arXiv 1904.09751)
-    min_p: float = 0.0  # and from those at least this likely beside the likeliest (arXiv 2407.01082)
+    seed: int | None = None  # None: another text each time
+    stop: tuple[str, ...] = ()  # texts that end the answer and are cut off
+    stop_ids: tuple[int, ...] = ()  # tokens that end it, beside the model's own end-of-text
+    min_new_tokens: int = 0  # before which no token ends the text
+    min_p: float = 0.0  # draw from tokens at least this likely beside the likeliest (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or the text (arXiv 1909.05858)
     presence_penalty: float = 0.0  # is taken from the logits of tokens in the text
     frequency_penalty: float = 0.0  # the same for each time that they are in it
     logit_bias: tuple[tuple[int, float], ...] = ()  # tokens and what is added to their logits
-    seed: int | None = None  # None: another text each time
-    stop: tuple[str, ...] = ()  # texts that end the answer and are cut off
-    stop_ids: tuple[int, ...] = ()  # tokens that end it, beside the model's own end-of-text
     ignore_eos: bool = False  # go on past the model's own end-of-text
     logprobs: int | None = None  # alternatives to report beside each new token; 0: the token's own alone
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
@@ -116,7 +116,8 @@ class SamplingState:
         self.count = 0  # tokens chosen so far
         self._end_ids = sorted(set(end_ids))
         self._prompt = prompt if params.repetition_penalty != 1 else ()
-        self._penalises = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._penalises = penalties != (1, 0, 0)
         self._seen: Tensor | None = None  # (vocab,) bool, in the prompt or the text
         self._counts: Tensor | None = None  # (vocab,) of the text
         self._matcher: Matcher | None = params.constraint.begin() if params.constraint else None
@@ -169,8 +170,8 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Choose one token a row; the states are told nothing of it.
 
     The logits are altered, divided by the temperature, then cut to the `top_k` likeliest tokens, then to the fewest of
-    those whose probabilities, summing to 1 among themselves, reach `top_p`, then to those above `min_p`, all in at least
-    float32. Among equals the lower id comes first. A row's choice does not depend on the other rows.
+    those whose probabilities, summing to 1 among themselves, reach `top_p`, then to those above `min_p`, all in at
+    least float32. Among equals the lower id comes first. A row's choice does not depend on the other rows.
 
     Args:
         logits: (B, vocab), any floating dtype.
@@ -195,11 +196,13 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     if all(p.temperature == 0 for p in params):
         return logits.argmax(dim=-1)
     draws = [uniform(state.seed, state.count) for state in states]
-    return torch.where(_column(params, "temperature", logits)[:, 0] == 0, logits.argmax(dim=-1), _draw(logits, params, draws))
+    return torch.where(
+        _column(params, "temperature", logits)[:, 0] == 0, logits.argmax(dim=-1), _draw(logits, params, draws)
+    )
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
-    """Return for each row the token at which the probabilities, added in the order of ids, pass a share of their sum."""
+    """Return for each row the token at which the probabilities, added in order of ids, pass a share of their sum."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     temperature = _column(params, "temperature", logits)
     # The largest becomes 0, so that a tiny temperature overflows to −inf only.
@@ -215,6 +218,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[floa
 def _kept(scores: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Return (B, vocab): which tokens the cuts leave, given the scores below 0 and their exponentials."""
     vocabulary = scores.shape[-1]
+    whole = weights.double().sum(dim=-1, keepdim=True)
     most = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=scores.device)
     top_p, min_p = _column(params, "top_p", scores), _column(params, "min_p", scores)
     # Most often the likeliest few hundred decide; a sort of all takes ten times as long.
@@ -222,7 +226,7 @@ def _kept(scores: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> 
         ordered = scores.topk(min(looked_at, vocabulary), dim=-1).values
         allowed = torch.arange(ordered.shape[-1], device=scores.device) < most
         held = torch.where(allowed, ordered.exp(), 0).double()
-        total = torch.where(most < vocabulary, held.sum(dim=-1, keepdim=True), weights.double().sum(dim=-1, keepdim=True))
+        total = torch.where(most < vocabulary, held.sum(dim=-1, keepdim=True), whole)
         before = held.cumsum(dim=-1) - held
         allowed &= ((before < top_p * total) | (top_p >= 1)) & (ordered >= min_p.log())
         counts = allowed.sum(dim=-1, keepdim=True).clamp(min=1)

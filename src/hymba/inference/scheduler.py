@@ -63,7 +63,7 @@ class Scheduler:
             self.reading.remove(sequence)
         else:
             last = self.running.pop()
-            if last is not sequence:
+            if last is not sequence and last.row is not None:
                 self.runner.move(last.row, freed, last.computed)
                 self.running[freed], last.row, freed = last, freed, len(self.running)
         sequence.row = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence as Items
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,7 +148,7 @@ class Sequence:
 
 
 def token_logprobs(logits: Tensor, tokens: Items[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of tokens, one a row of logits (B, vocab), and of the `top` likeliest beside each."""
+    """Return the log-probabilities of tokens, one a row of logits (B, vocab), each with the `top` likeliest beside."""
     scores = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     own = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
     best = scores.topk(min(top, scores.shape[-1]), dim=-1) if top else None

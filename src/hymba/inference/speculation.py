@@ -1,7 +1,7 @@
 """Drafts without a draft model: what followed the same few tokens before, in the prompt or the text, may follow again.
 
-Prompt lookup (Saxena, 2023; arXiv 2304.04487): where a text repeats itself, one pass of the model checks several tokens for
-hardly more than the price of one. What is kept is what would have been chosen anyway, so the text stays the same.
+Prompt lookup (Saxena, 2023; arXiv 2304.04487): where a text repeats itself, one pass of the model checks several tokens
+for hardly more than the price of one. What is kept is what would have been chosen anyway, so the text stays the same.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hymba.model import Cache, Hymba
 from hymba.ops import native
+from hymba.ops.attention import blocks
 from hymba.ops.recording import Recording
 
 
@@ -26,6 +27,8 @@ class DecodeStep:
         # The rotary base of "dynamic_ntk" is computed in Python from the length.
         self._can_record = native.library() is not None and cache.lengths.is_cpu
         self._can_record &= model.config.rope_type != "dynamic_ntk"
+        # With other kernels, attention of several queries looks at their positions in Python.
+        self._can_record &= steps == 1 or blocks.fits(torch.empty(1, steps, dtype=model.dtype))
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:

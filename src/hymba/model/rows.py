@@ -1,7 +1,7 @@
 """Rows of a cache by themselves: seen as a smaller cache, cleared, copied, saved, put back.
 
-A recurrent state cannot be cropped, so all of a row's memory is kept or none of it: a :class:`Snapshot` is keys and values
-in use, convolution and SSM state together, as large as its text needs and no larger.
+A recurrent state cannot be cropped, so all of a row's memory is kept or none of it: a :class:`Snapshot` is keys and
+values in use, convolution and SSM state together, as large as its text needs and no larger.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def clear_row(cache: Cache, row: int, prefix: Prefix) -> None:
 class Snapshot:
     """What a row held after a text.
 
-    tokens: in the text. heads: of each part of each buffer, the slots in use. conv_state: (L, E, d_conv − 1). ssm_state:
-    (L, E, N). logits: (vocab,) of the text's next token, if they were kept.
+    tokens: in the text. heads: of each part of each buffer, the slots in use. conv_state: (L, E, d_conv − 1).
+    ssm_state: (L, E, N). logits: (vocab,) of the text's next token, if they were kept.
     """
 
     tokens: int
