@@ -95,7 +95,7 @@ def test_a_seed_decides_the_draw(seed: int, dtype: torch.dtype) -> None:
 
 
 def test_a_texts_draws_are_uniform_and_differ() -> None:
-    draws = torch.tensor([[uniform(seed, index) for index in range(100)] for seed in range(100)]).flatten()
+    draws = torch.tensor([uniform(seed, index) for index in range(100) for seed in range(100)], dtype=torch.float64)
     counts = torch.histc(draws, 20, 0, 1)
     assert len(set(draws.tolist())) == 10_000
     assert float(((counts - 500) ** 2 / 500).sum()) < 43.8  # chi-square, 19 degrees: 0.1%

@@ -69,8 +69,8 @@ def generate(
 
 def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
     """Return the tokens that end a text."""
-    own = () if params.ignore_eos else (model.config.eos_token_id,)
-    return {*own, *params.stop_ids}
+    own = model.config.eos_token_id
+    return {*params.stop_ids} | ({own} if own is not None and not params.ignore_eos else set())
 
 
 @torch.no_grad()
