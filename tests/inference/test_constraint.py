@@ -303,6 +303,7 @@ def test_a_tokenizer_that_nobody_uses_is_let_go(story):
         ({"type": "string", "pattern": "a("}, "a\\("),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"$ref": "#"}, "no text satisfies it"),
         ({"enum": []}, "is empty"),
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "a"),
         ({"not": {"type": "string"}}, "not"),

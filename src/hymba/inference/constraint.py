@@ -178,4 +178,5 @@ def _reason(message: str) -> str:
     for head, pattern, line in zip(lines, lines[1:], lines[3:], strict=False):
         if head.endswith("regex parse error:") and line.startswith("error: "):
             return f"{line.removeprefix('error: ')} in {pattern[:60]}"
-    return re.sub(r"^at \d+\(\d+\): ", "", lines[0])[:200]
+    found = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", lines[0])[:200]
+    return "no text satisfies it" if found == "NoExtensionBias" else found
