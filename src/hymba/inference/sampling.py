@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.ops.draw import draw_tokens
 
 if TYPE_CHECKING:
     from hymba.inference.constraint import Constraint
 
-_LIKELIEST = 512  # tokens that are looked at first when the unlikely ones are cut off
 _64_BITS = (1 << 64) - 1
 
 
@@ -167,25 +167,20 @@ class SamplingState:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Choose one token a row; the states are told nothing of it.
+    """Choose one token a row by :func:`hymba.ops.draw.draw_tokens`, after penalties, bias and constraints.
 
-    The logits are altered, divided by the temperature, then cut to the `top_k` likeliest tokens, then to the fewest of
-    those whose probabilities, summing to 1 among themselves, reach `top_p`, then to those above `min_p`, all in at
-    least float32. Among equals the lower id comes first. A row's choice does not depend on the other rows.
+    The states are told nothing of it. A row's choice does not depend on the other rows.
 
     Args:
         logits: (B, vocab), any floating dtype.
         states: of the B texts.
 
     Returns:
-        (B,) int64. At temperature 0 the likeliest token, the lowest id among equals.
+        (B,) int64.
 
     Raises:
         HymbaError: a logit is not a number, or nothing may follow.
     """
-    if bool(logits.isnan().any()):
-        raise HymbaError("the model gave NaN logits: its weights are damaged, or overflow in this dtype")
-    params = [state.params for state in states]
     if any(state.alters for state in states):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row, state in zip(logits, states, strict=True):
@@ -193,51 +188,12 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
                 state.alter(row)
         if bool((logits.amax(dim=-1) == -math.inf).any()):
             raise HymbaError("no token may follow: the constraint or the bias forbids them all")
-    if all(p.temperature == 0 for p in params):
-        return logits.argmax(dim=-1)
+    params, device, vocabulary = [state.params for state in states], logits.device, logits.shape[-1]
+    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)
     draws = [uniform(state.seed, state.count) for state in states]
-    return torch.where(
-        _column(params, "temperature", logits)[:, 0] == 0, logits.argmax(dim=-1), _draw(logits, params, draws)
-    )
-
-
-def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> Tensor:
-    """Return for each row the token at which the probabilities, added in order of ids, pass a share of their sum."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    temperature = _column(params, "temperature", logits)
-    # The largest becomes 0, so that a tiny temperature overflows to −inf only.
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(temperature == 0, 1, temperature)
-    weights = scores.exp()
-    if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
-        weights = torch.where(_kept(scores, weights, params), weights, 0)
-    sums = weights.double().cumsum(dim=-1)
-    wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True)[:, 0]
-
-
-def _kept(scores: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return (B, vocab): which tokens the cuts leave, given the scores below 0 and their exponentials."""
-    vocabulary = scores.shape[-1]
-    whole = weights.double().sum(dim=-1, keepdim=True)
-    most = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=scores.device)
-    top_p, min_p = _column(params, "top_p", scores), _column(params, "min_p", scores)
-    # Most often the likeliest few hundred decide; a sort of all takes ten times as long.
-    for looked_at in (_LIKELIEST, vocabulary):
-        ordered = scores.topk(min(looked_at, vocabulary), dim=-1).values
-        allowed = torch.arange(ordered.shape[-1], device=scores.device) < most
-        held = torch.where(allowed, ordered.exp(), 0).double()
-        total = torch.where(most < vocabulary, held.sum(dim=-1, keepdim=True), whole)
-        before = held.cumsum(dim=-1) - held
-        allowed &= ((before < top_p * total) | (top_p >= 1)) & (ordered >= min_p.log())
-        counts = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
-        if ordered.shape[-1] == vocabulary or bool((counts < ordered.shape[-1]).all()):
-            break
-    last = ordered.gather(-1, counts - 1)
-    above, equal = scores > last, scores == last
-    return above | (equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
-
-
-def _column(params: Sequence[SamplingParams], name: str, like: Tensor) -> Tensor:
-    """Return one of the numbers in `params` as (B, 1)."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.tensor([[getattr(p, name)] for p in params], dtype=dtype, device=like.device)
+    numbers = ([p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params], draws)
+    temperature, top_p, min_p, drawn = torch.tensor(numbers, dtype=torch.float64, device=device)
+    chosen = draw_tokens(logits, temperature, top_k, top_p, min_p, drawn)
+    if bool((chosen < 0).any()):
+        raise HymbaError("the model gave NaN logits: its weights are damaged, or overflow in this dtype")
+    return chosen

@@ -4,6 +4,7 @@ from hymba.ops.attention import attention
 from hymba.ops.backend import use_backend
 from hymba.ops.causal_conv1d import causal_conv1d
 from hymba.ops.cross_entropy import linear_cross_entropy
+from hymba.ops.draw import draw_tokens
 from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
 from hymba.ops.rms_norm import mean_of_norms, rms_norm
@@ -14,6 +15,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "causal_conv1d",
+    "draw_tokens",
     "gated_silu",
     "linear",
     "linear_cross_entropy",
