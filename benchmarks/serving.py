@@ -6,6 +6,7 @@ is compared takes turns within one run.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from benchmarks.command import (
 )
 from benchmarks.models import random_model
 from benchmarks.timing import milliseconds, seconds
-from hymba.inference import Engine, EngineOptions, SamplingParams, Sequence, find_model
+from hymba.inference import Engine, EngineOptions, SamplingParams, Sequence, Update, find_model
 from hymba.inference.step import DecodeStep
 from hymba.model import Hymba
 from hymba.text import load_tokenizer
@@ -112,7 +113,7 @@ class Bench:
         while engine.stats().waiting or len(engine._scheduler.running) < count:
             engine.step()
         before = engine.stats().new_tokens
-        spent = seconds(lambda: _run(engine))
+        spent = seconds(functools.partial(_run, engine))
         return (engine.stats().new_tokens - before) / spent
 
     def interference(self, long_prompt: int) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class Bench:
         times: list[list[float]] = [[] for _ in range(self.streams - 1)]
         for i, seen in enumerate(times):
             params = replace(SAMPLED, max_new_tokens=10_000, seed=i)
-            engine.submit(Sequence(self.prompt(PROMPT), params, lambda _, seen=seen: seen.append(time.perf_counter())))
+            engine.submit(Sequence(self.prompt(PROMPT), params, functools.partial(_note, seen)))
         while min(len(seen) for seen in times) < 40:
             engine.step()
         arrived, newcomer = time.perf_counter(), Sequence(self.prompt(long_prompt), replace(SAMPLED, max_new_tokens=1))
@@ -240,6 +241,10 @@ class _ForcedText:
 def _without_repeats(vocabulary: int) -> list[int]:
     """Return a text in which no three tokens stand twice, though each of them does."""
     return [3 + (i * i + 7 * i * (i % 13)) % (vocabulary - 3) for i in range(1500)]
+
+
+def _note(times: list[float], update: Update) -> None:
+    times.append(time.perf_counter())
 
 
 def _run(engine: Engine) -> None:

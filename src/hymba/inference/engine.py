@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SNAPSHOT_EVERY = 2048  # tokens of a long prompt
-_WORTH_KEEPING = 32  # tokens that a snapshot must save
+_WORTH_KEEPING = 16  # tokens that a snapshot must save
 _ROWS_WITH_DRAFTS = 2  # more together than this make the check of a draft no cheaper than its tokens one by one
 
 

@@ -10,16 +10,13 @@ import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.ops.draw import draw_tokens
-
-if TYPE_CHECKING:
-    from hymba.inference.constraint import Constraint
 
 _64_BITS = (1 << 64) - 1
 
@@ -48,7 +45,7 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the model's own end-of-text
     logprobs: int | None = None  # alternatives to report beside each new token; 0: the token's own alone
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    constraint: Constraint | None = None  # a grammar that the text must follow
+    constraint: Grammar | None = None  # a grammar that the text must follow
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -82,8 +79,15 @@ class SamplingParams:
             yield f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed}"
 
 
+class Grammar(Protocol):
+    """What a text can be made to follow; see :class:`hymba.inference.constraint.Constraint`."""
+
+    def begin(self) -> Matcher:
+        """Return where a text stands before its first token."""
+
+
 class Matcher(Protocol):
-    """Where one text stands in the grammar that it follows; see :class:`hymba.inference.constraint.Constraint`."""
+    """Where one text stands in the grammar that it follows."""
 
     def mask(self, vocab_size: int) -> Tensor:
         """Return (vocab_size,) bool: which tokens may follow."""
