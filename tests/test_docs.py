@@ -11,7 +11,7 @@ from hymba.cli import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-ROOMS = ["", "ops", "model", "text", "inference", "hf", "training", "evaluation"]
+ROOMS = ["", "ops", "model", "text", "inference", "hf", "training", "evaluation", "serving"]
 # Letters in brackets keep these patterns from finding themselves.
 UNFINISHED = (
     r"TO[D]O|FIX[M]E|XX[X]|raise NotImplemente[d]Error|"

@@ -18,6 +18,7 @@ from hymba.cli.init import init
 from hymba.cli.perplexity import perplexity
 from hymba.cli.pretrain import pretrain
 from hymba.cli.quantize import quantize
+from hymba.cli.serve import serve
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, perplexity, info, pretrain, init, convert, quantize):
+for command in (generate, chat, serve, perplexity, info, pretrain, init, convert, quantize):
     app.command()(command)
 
 

@@ -255,7 +255,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token: often one word, sometimes nothing."""
-        data = self._bytes(token_id)
+        data = self.token_bytes(token_id)
         if self._fresh and data:
             data, self._fresh = data.removeprefix(b" "), False
         return self._decoder.decode(data)
@@ -266,7 +266,8 @@ class TextStream:
         self._decoder.reset()
         return text
 
-    def _bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for anywhere in a text; none for special tokens."""
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         # A model's vocabulary may be padded past the tokenizer's: such an id has no text.
         if piece is None or token_id in self._special:
