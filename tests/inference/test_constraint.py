@@ -208,8 +208,8 @@ def test_a_regex(byte_level, pieces, pattern, seed):
         assert matches(pattern)(draw(tokenizer, Constraint.regex(tokenizer, pattern), seed, matches(pattern)))
 
 
-@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}])
-def test_json_as_it_is_usually_written(tokenizer, style):
+@pytest.mark.parametrize("style", [{}, {"separators": (",", ":")}])
+def test_json_as_python_writes_it(tokenizer, style):
     value = {"name": 'The "house" of é漢', "sizes": [1, -2.5, 3e20], "open": {"door": True, "window": None}, "": []}
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "sizes": {"type": "array"}}}
     for constraint in (Constraint.json_schema(tokenizer, schema), Constraint.json_object(tokenizer)):
@@ -220,8 +220,8 @@ def test_json_as_it_is_usually_written(tokenizer, style):
         assert matcher.finished
 
 
-@pytest.mark.parametrize("text", [" {}", "{} ", "{}\n", "{  }", '{"a" :  1}', "{\n" + " " * 21 + "}", '{"a":1,,}'])
-def test_blanks_that_nobody_writes_are_refused(byte_level, text):
+@pytest.mark.parametrize("text", [" {}", "{} ", "{}\n", "{ }", '{"a" :1}', '{"a":  1}', '{"a":1,\n"b":2}'])
+def test_other_blanks_are_refused(byte_level, text):
     matcher = Constraint.json_object(byte_level).begin()
     with pytest.raises(HymbaError, match="not what the answer's grammar allows"):
         list(map(matcher.accept, byte_level(text, add_special_tokens=False).input_ids))
