@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 SANITIZED := HYMBA_KERNELS=$(CURDIR)/build/sanitized
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check lint quick sanitize format docs bench bench-report clean
+.PHONY: help setup demo browser test check lint quick sanitize format docs bench bench-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -26,8 +26,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 demo: setup  ## stream text from the bundled model (PROMPT="..." to choose the opening)
 	$(BIN)/hymba generate "$(PROMPT)"
 
-test: setup  ## every test
+test: setup browser  ## every test
 	$(PYTEST)
+
+browser: setup  # for the tests of the chat page
+	@command -v chromium google-chrome >/dev/null || $(BIN)/playwright install chromium \
+		|| (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium)
 
 check: lint quick  ## before each commit: format, lint, types, architecture, quick tests
 
@@ -36,7 +40,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-quick: setup
+quick: setup browser
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -m "not slow"
 
 sanitize: setup  ## the kernels' tests with kernels under AddressSanitizer and UBSan
