@@ -32,15 +32,15 @@ class EngineOptions:
     """How much an engine may hold.
 
     max_rows: texts that run at once. max_length: tokens of each, prompt and continuation; None: the model's own limit.
-    max_waiting: texts that may queue. prefix_cache_bytes: of snapshots; 0: none. cache_bits: 8 quantises keys and
-    values. speculate: draft what followed the same tokens before, where it pays. prefill_tokens: of a prompt at once;
-    None: as many as `generate` takes.
+    max_waiting: texts that may queue. prefix_cache_bytes: of snapshots; 0: none; None: twice those of the rows.
+    cache_bits: 8 quantises keys and values. speculate: draft what followed the same tokens before, where it pays.
+    prefill_tokens: of a prompt at once; None: as many as `generate` takes.
     """
 
     max_rows: int = 8
     max_length: int | None = None
     max_waiting: int = 256
-    prefix_cache_bytes: int = 1 << 30
+    prefix_cache_bytes: int | None = None
     cache_bits: int | None = None
     speculate: bool = True
     prefill_tokens: int | None = None
@@ -49,7 +49,7 @@ class EngineOptions:
         for name in ("max_rows", "max_length", "max_waiting", "prefill_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise HymbaError(f"{name} must be 1 or more, not {value}")
-        if self.prefix_cache_bytes < 0:
+        if (self.prefix_cache_bytes or 0) < 0:
             raise HymbaError(f"prefix_cache_bytes must be 0 or more, not {self.prefix_cache_bytes}")
 
 

@@ -55,7 +55,8 @@ class Engine:
                 f"no memory for {options.max_rows} rows of {self.max_length} tokens: ask for fewer or shorter ones"
             ) from error
         self._scheduler = Scheduler(self._runner)
-        self._prefixes = PrefixCache(options.prefix_cache_bytes)
+        kept = options.prefix_cache_bytes
+        self._prefixes = PrefixCache(2 * self._runner.cache.nbytes() if kept is None else kept)
         self._pace = Pace(options.prefill_tokens or prefill_chunk(model))
         self._drafters: dict[Sequence, Drafter] = {}
         self._marks: dict[Sequence, int] = {}  # where a prompt leaves those before it
@@ -202,7 +203,7 @@ class Engine:
 
     def _look_up(self, sequence: Sequence) -> None:
         """Start a prompt from the longest text before it that it begins with."""
-        if not self.options.prefix_cache_bytes or sequence.params.prompt_logprobs is not None:
+        if not self._prefixes.limit or sequence.params.prompt_logprobs is not None:
             return
         snapshot, shared = self._prefixes.find(sequence.prompt)
         if snapshot is not None:
@@ -218,7 +219,7 @@ class Engine:
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         """Return where the next piece of a prompt ends: no later than where a snapshot is to be taken."""
         ends = [sequence.computed + budget, len(sequence.prompt)]
-        if self.options.prefix_cache_bytes:
+        if self._prefixes.limit:
             ends.append((sequence.computed // _SNAPSHOT_EVERY + 1) * _SNAPSHOT_EVERY)
             if (mark := self._marks.get(sequence, 0)) > sequence.computed:
                 ends.append(mark)
@@ -256,7 +257,7 @@ class Engine:
     def _keep(self, sequence: Sequence, logits: Tensor | None = None) -> None:
         """Take a snapshot of what a sequence's row holds, unless there is one."""
         ids = sequence.ids[: sequence.computed]
-        if self.options.prefix_cache_bytes and len(ids) >= _WORTH_KEEPING and not self._prefixes.has(ids):
+        if self._prefixes.limit and len(ids) >= _WORTH_KEEPING and not self._prefixes.has(ids):
             assert sequence.row is not None
             kept = None if logits is None else logits.clone()
             self._prefixes.add(ids, self._runner.save(sequence.row, len(ids), kept))
