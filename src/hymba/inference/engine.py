@@ -326,7 +326,10 @@ class Engine:
                 sequence.fail(str(token))
                 continue
             top = sequence.params.logprobs
-            sequence.take(token, None if top is None else token_logprobs(logits[i : i + 1], [token], top)[0])
+            try:
+                sequence.take(token, None if top is None else token_logprobs(logits[i : i + 1], [token], top)[0])
+            except HymbaError as error:  # a grammar may find out only behind a token that it cannot be followed
+                sequence.fail(str(error))
             self._counts.new_tokens += 1
 
     def _settle(self, sequences: list[Sequence]) -> None:
