@@ -165,6 +165,16 @@ def test_a_long_prompt_is_told_both_numbers(live: LiveServer) -> None:
     assert "601" in refused(live.complete([5] * 601))["message"]
 
 
+def test_a_grammar_that_cannot_be_followed_ends_its_answer_alone(live: LiveServer) -> None:
+    keys = [f"k{i}" for i in range(40)]
+    schemas = [
+        {"type": "object", "properties": {key: {"type": "string"} for key in keys[:count]}} for count in range(40)
+    ]
+    error = refused(live.complete(structured_outputs={"json": {"anyOf": schemas}}))
+    assert error["code"] in ("generation_failed", "invalid_value")
+    assert live.complete(max_tokens=2).status_code == 200
+
+
 def test_more_texts_than_could_ever_wait(live: LiveServer) -> None:
     assert refused(live.complete(["a"] * 300))["param"] == "n"
 

@@ -107,6 +107,18 @@ def test_a_client_that_goes_frees_its_row(still_engine: Callable[..., Engine], p
         assert engine.stats().finished == {"cancelled": 2}
 
 
+def test_a_client_that_goes_in_the_middle_of_its_body_is_no_bad_request(engine: Engine) -> None:
+    with serving(engine) as live:
+        connection = socket.create_connection(live.listener.getsockname())
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        wait_until(lambda: live.server.state.active == 1)
+        connection.close()
+        wait_until(lambda: live.server.state.active == 0)
+        told = live.http.get("/metrics").text
+        assert 'hymba_errors_total{status="499"} 1.0' in told
+        assert 'status="400"' not in told
+
+
 def test_many_clients_that_go_leave_no_row(engine: Engine, live: LiveServer) -> None:
     def visit(number: int) -> None:
         with (

@@ -100,7 +100,7 @@ class Run:
                 continue
             self._watches[index].see(update)
             if update.finish == "error":
-                raise ApiError(500, update.error or "the engine failed", code="engine_error")
+                raise self._failure(index, update.error or "the engine failed")
             if update.finish == "cancelled":
                 raise ApiError(503, "the server is stopping: ask again", code="stopping")
             if update.finish:
@@ -120,6 +120,13 @@ class Run:
             except TimeoutError:
                 if self._engine.dead and self._queue.empty():
                     raise ApiError(503, f"the engine has ended: {self._engine.dead}", code="engine_dead") from None
+
+    def _failure(self, index: int, problem: str) -> ApiError:
+        """Return what the failure of one text is to the client: its own doing if it restricted the tokens too far."""
+        params = self.sequences[index].params
+        if not self._engine.dead and (params.constraint is not None or params.logit_bias):
+            return ApiError(400, problem, code="generation_failed")
+        return ApiError(500, problem, code="engine_error")
 
     def end(self, index: int) -> None:
         """Give up one of the texts."""

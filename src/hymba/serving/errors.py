@@ -69,6 +69,11 @@ def as_api_error(error: HymbaError) -> ApiError:
     return ApiError(400, f"{error}", code="invalid_value")
 
 
+def client_gone() -> ApiError:
+    """Return what nobody reads, but metrics count: nginx's 499, the client did not wait."""
+    return ApiError(499, "the client closed the connection")
+
+
 def install(app: FastAPI) -> None:
     """Let `app` answer every error in this shape, its own 404 and 405 too; what nobody foresaw is the gate's."""
     app.add_exception_handler(HTTPException, _tell_http)

@@ -8,7 +8,7 @@ import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hymba.serving.errors import ApiError
+from hymba.serving.errors import ApiError, client_gone
 from hymba.serving.state import State
 
 KEPT = ("/v1/", "/tokenize", "/detokenize")  # what asks for a key; the rest tells nobody's business
@@ -85,6 +85,8 @@ class Gate:
             except TimeoutError:
                 problem = f"the body did not arrive within {settings.body_seconds:g} seconds"
                 raise ApiError(408, problem, code="timeout") from None
+            if message["type"] == "http.disconnect":
+                raise client_gone()
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > settings.max_body_bytes:

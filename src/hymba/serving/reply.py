@@ -15,12 +15,10 @@ from fastapi.responses import JSONResponse
 from hymba.inference import SamplingParams
 from hymba.serving.answer import Answer, Piece
 from hymba.serving.bridge import ClientGoneError, Job, Run, while_connected
-from hymba.serving.errors import ApiError
+from hymba.serving.errors import client_gone
 from hymba.serving.protocol import Generation
 from hymba.serving.state import State
 from hymba.serving.streaming import EventStream
-
-GONE = 499  # what nginx calls a client that did not wait
 
 
 def make_jobs(prompt: list[int], params: SamplingParams, count: int, allowed: bool) -> list[Job]:
@@ -70,7 +68,7 @@ class Reply(ABC):
         try:
             return JSONResponse(await while_connected(request.receive, self._collect(run)))
         except ClientGoneError:
-            raise ApiError(GONE, "the client closed the connection") from None
+            raise client_gone() from None
         finally:
             run.close()
 
