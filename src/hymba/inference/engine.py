@@ -146,10 +146,11 @@ class Engine:
                 if self.step():
                     continue
                 with self._lock:
+                    if self._inbox:
+                        continue
                     if self._stopping is not None:
                         return
-                    if not self._inbox:
-                        self._lock.wait()
+                    self._lock.wait()
         except BaseException as error:
             with self._lock:
                 self.dead = f"{type(error).__name__}: {error}".splitlines()[0]
