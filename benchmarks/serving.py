@@ -7,7 +7,12 @@ is compared takes turns within one run.
 from __future__ import annotations
 
 import functools
+import json
+import socket
 import statistics
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -33,10 +38,9 @@ from benchmarks.command import (
 )
 from benchmarks.models import random_model
 from benchmarks.timing import milliseconds, seconds
-from hymba.inference import Engine, EngineOptions, SamplingParams, Sequence, Update, find_model
+from hymba.inference import Engine, EngineOptions, SamplingParams, Sequence, Update
 from hymba.inference.step import DecodeStep
 from hymba.model import Hymba
-from hymba.text import load_tokenizer
 
 PROMPT = 128  # tokens
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=0, ignore_eos=True)
@@ -57,7 +61,7 @@ def serving(
     """Time the engine with random weights: what streams, prompts, snapshots and drafts cost one another."""
     use_threads(threads)
     bench = Bench(random_model(config, weights), streams, tokens)
-    with bar(f"serving {config} {weights}", 5) as step, torch.no_grad():
+    with bar(f"serving {config} {weights}", 6) as step, torch.no_grad():
         result: dict[str, Any] = {}
         for name, measure in (
             ("throughput", lambda: bench.throughput(repeat)),
@@ -65,6 +69,7 @@ def serving(
             ("second_turn", lambda: bench.second_turn(chat)),
             ("drafts", lambda: bench.drafts(repeat)),
             ("overhead", lambda: bench.overhead(repeat)),
+            ("http", lambda: bench.http(repeat)),
         ):
             result[name] = measure()
             step()
@@ -85,7 +90,7 @@ class Bench:
     def engine(self, rows: int, length: int, **options: Any) -> Engine:
         """Return an engine; it drafts nothing unless told to."""
         chosen = EngineOptions(**{"max_rows": rows, "max_length": length, "speculate": False} | options)
-        return Engine(self.model, load_tokenizer(find_model("tiny")), chosen)
+        return Engine(self.model, _tokenizer(self.model.config.vocab_size), chosen)
 
     def prompt(self, count: int) -> list[int]:
         """Return a prompt unlike those before."""
@@ -202,6 +207,69 @@ class Bench:
             "share": round(1 - floor / ours, 3),
         }
 
+    def http(self, repeat: int) -> dict[str, Any]:
+        """Tokens a second of all streams, asked for over HTTP by a client in a process of its own, and the engine's."""
+        from hymba.serving import Settings
+        from hymba.serving.server import Server
+
+        engine = self.engine(self.streams, PROMPT + self.tokens)
+        rates: dict[str, list[float]] = {"engine": [], "http": []}
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = Server(engine, Settings(), lambda address: None)
+            thread = threading.Thread(target=server.run, args=([listener],))
+            thread.start()
+            engine.start()
+            for _ in range(repeat + 1):
+                for i in range(self.streams):
+                    engine.submit(Sequence(self.prompt(PROMPT), replace(SAMPLED, max_new_tokens=self.tokens, seed=i)))
+                rates["engine"].append(self._rate(engine))
+                client = self._client(listener.getsockname()[1])
+                rates["http"].append(self._rate(engine))
+                client.wait()
+            engine.stop()
+            server.should_exit = True
+            thread.join()
+        ours, theirs = (statistics.median(found[1:]) for found in rates.values())
+        return {"tokens_per_second": round(theirs, 2), "share": round(1 - theirs / ours, 3)}
+
+    def _rate(self, engine: Engine) -> float:
+        """Return the tokens a second of an engine that runs, from when all prompts are read until all is said."""
+        while len(engine._scheduler.running) < self.streams:
+            time.sleep(0.001)
+        begun, before = time.perf_counter(), engine.stats().new_tokens
+        while engine.stats().running:
+            time.sleep(0.001)
+        return (engine.stats().new_tokens - before) / (time.perf_counter() - begun)
+
+    def _client(self, port: int) -> subprocess.Popen[str]:
+        prompts = [self.prompt(PROMPT) for _ in range(self.streams)]
+        command = [sys.executable, "-c", CLIENT, str(port), str(self.tokens)]
+        client = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert client.stdin is not None
+        client.stdin.write(json.dumps(prompts))
+        client.stdin.close()
+        return client
+
+
+# Streams a text for each prompt that it reads, all at once.
+CLIENT = """
+import asyncio, json, sys
+import httpx
+
+async def stream(http, prompt):
+    body = {"prompt": prompt, "max_tokens": int(sys.argv[2]), "stream": True, "temperature": 0.8, "top_p": 0.95}
+    async with http.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as response:
+        response.raise_for_status()
+        async for _ in response.aiter_bytes():
+            pass
+
+async def main():
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{sys.argv[1]}", timeout=600) as http:
+        await asyncio.gather(*(stream(http, prompt) for prompt in json.load(sys.stdin)))
+
+asyncio.run(main())
+"""
+
 
 class Forced:
     """A constraint that repeats a text, again and again."""
@@ -243,6 +311,17 @@ def _without_repeats(vocabulary: int) -> list[int]:
     return [3 + (i * i + 7 * i * (i % 13)) % (vocabulary - 3) for i in range(1500)]
 
 
+@functools.cache
+def _tokenizer(vocabulary: int) -> Any:
+    """Return a tokenizer whose every token is a word, so that each of them is a text to be sent."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({f"▁w{i}": i for i in range(vocabulary)}, unk_token="▁w0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+
+
 def _note(times: list[float], update: Update) -> None:
     times.append(time.perf_counter())
 
@@ -254,7 +333,7 @@ def _run(engine: Engine) -> None:
 
 def _lines(result: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     through, beside, turn = result["throughput"], result["interference"], result["second_turn"]
-    drafts, overhead = result["drafts"], result["overhead"]
+    drafts, overhead, http = result["drafts"], result["overhead"], result["http"]
     return [
         f"serving, {settings['config']} {settings['weights']}, {settings['threads']} threads",
         f"  {settings['streams']} streams: {through['tokens_per_second']} tokens/s, {through['ratio']}× one stream's "
@@ -267,6 +346,7 @@ def _lines(result: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         f"{drafts['never']['ratio']}× on text that never does",
         f"  a step takes {overhead['step_ms']} ms, the bare one {overhead['bare_step_ms']}: {overhead['share']:.1%} is "
         "the engine's",
+        f"  over HTTP: {http['tokens_per_second']} tokens/s, {http['share']:.1%} fewer than from the engine alone",
     ]
 
 
