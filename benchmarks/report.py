@@ -24,6 +24,7 @@ _SECTIONS = (
     ("Decoding", tables.decoding),
     ("Prompts", tables.prefilling),
     ("Other models", tables.comparison),
+    ("The engine", tables.engine),
     ("Training", tables.steps_of_training),
     ("Memory", tables.memories),
     ("Quality of quantised models", tables.qualities),

@@ -99,6 +99,46 @@ def _decoding_row(name: str, record: Record | None) -> Sequence[Any]:
     )
 
 
+def engine(held: Held) -> str:
+    """Return the table of the engine: what streams, prompts, snapshots and drafts cost one another; then the soak."""
+    names = [*(name for name in held if name.startswith("serving-")), *(name for name in held if name == "soak")]
+    rows = [row for name in names for row in (_soak if name == "soak" else _serving)(held[name])]
+    return table(("what", "measured", "beside"), rows or [("an engine", MISSING, "")])
+
+
+def _serving(record: Record) -> Iterable[Sequence[str]]:
+    asked, streams = record["settings"], record["throughput"]
+    beside, turn, drafts = record["interference"], record["second_turn"], record["drafts"]
+    title = f"{asked['config']} {asked['weights']}, {asked['threads']} threads: "
+    rate, alone = streams["tokens_per_second"], streams["one_tokens_per_second"]
+    yield f"{title}{asked['streams']} streams", f"{rate} tokens/s", f"{streams['ratio']}× one stream's {alone}"
+    late, median = beside["beside_p99_ms"], beside["beside_median_ms"]
+    yield (
+        f"{title}wait for a token while {asked['long_prompt']} tokens are read, 99th percentile",
+        f"{late} ms",
+        f"{beside['p99_over_median']}× the median of {median} ms; {beside['alone_ms']['median']} ms without them",
+    )
+    first = f"{turn['ratio']}× faster than the first turn's {turn['first_seconds']} s"
+    yield f"{title}second turn of {asked['chat']} tokens, first token", f"{turn['second_seconds']} s", first
+    for name, text in (("repeating", "text that repeats its prompt"), ("never", "text that never repeats")):
+        found = drafts[name]
+        yield f"{title}drafts on {text}", f"{found['tokens_per_second']} tokens/s", f"{found['ratio']}× without drafts"
+    own, http = record["overhead"], record["http"]
+    bare = f"{own['share']:.1%} more than the bare step's {own['bare_step_ms']} ms"
+    yield f"{title}a step of {asked['streams']} streams", f"{own['step_ms']} ms", bare
+    fewer = f"{http['share']:.1%} fewer than from the engine alone"
+    yield f"{title}{asked['streams']} streams over HTTP", f"{http['tokens_per_second']} tokens/s", fewer
+
+
+def _soak(record: Record) -> Iterable[Sequence[str]]:
+    asked, requests = record["settings"], record["requests"]
+    title = f"{asked['model']}, {asked['clients']} clients for {asked['seconds']:g} s"
+    left = f"{record['running'] + record['waiting']} texts left, memory {record['rss_growth']:+.1%}"
+    same = "the same answers" if record["same_answers"] else "other answers"
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(requests.items()))
+    yield title, counts, f"{left}, {same}"
+
+
 def prefilling(held: Held) -> str:
     """Return the table of prefill: a row for each length and kind of weights."""
     names = [f"prefill-{SIZE}-{kind}" for kind in KINDS]

@@ -61,6 +61,11 @@ def test_decode_tells_what_it_promises(tmp_path: Path) -> None:
         ("decode --config tiny --rows 2 --context 8 --tokens 2 --weights bf16", {"tokens_per_second", "overhead"}),
         ("ops --config tiny --only conv --seconds 0.01", {"ops", "matrix_gflops", "bandwidth_gb_s"}),
         ("training --rows 1 --length 32 --repeat 1 --threads 1", {"tokens_per_second", "step_ms", "speedup"}),
+        (
+            "serving --config tiny --streams 2 --tokens 12 --long-prompt 80 --chat 90 --repeat 1 --threads 1",
+            {"throughput", "interference", "second_turn", "drafts", "overhead", "http"},
+        ),
+        ("soak --clients 3 --seconds 5", {"requests", "rss_growth", "running", "waiting", "same_answers"}),
         ("memory --config tiny --context 64 --threads 1", {"peak_rss", "weight_bytes", "cache_bytes", "beside_bytes"}),
     ],
     ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
