@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hymba.cli.batch import batch
 from hymba.cli.chat import chat
 from hymba.cli.convert import convert
 from hymba.cli.errors import CommandGroup
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, perplexity, info, pretrain, init, convert, quantize):
+for command in (generate, chat, serve, batch, perplexity, info, pretrain, init, convert, quantize):
     app.command()(command)
 
 
