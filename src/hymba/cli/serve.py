@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hymba.cli.extras import needing
 from hymba.cli.loading import load_model
 from hymba.cli.options import CacheOption, DeviceOption, DtypeOption, QuantizeOption
 from hymba.cli.threads import spare_threads
-from hymba.errors import HymbaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hymba.serving.service import Service
 
 KEY = "HYMBA_API_KEY"  # not an option: every user of a machine can read the command lines of all
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -34,6 +38,14 @@ def serve(
         typer.Option(
             min=1,
             help="Tokens of a prompt and its answer together; the model's limit unless given.",
+            show_default=False,
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines on a Ray cluster, like 2, or like 1:8 as the load asks; one in this process unless given.",
             show_default=False,
             rich_help_panel=_ENGINE,
         ),
@@ -64,7 +76,9 @@ def serve(
     """
     from hymba.inference import Engine, EngineOptions, parse_cache
 
-    serving = _serving()
+    with needing("serve"):
+        from hymba import serving
+        from hymba.serving.service import Service, name_of
     settings = serving.Settings(
         model_name=name_of(model),
         host=host,
@@ -77,21 +91,18 @@ def serve(
     options = EngineOptions(max_rows=max_rows, max_length=max_length, cache_bits=parse_cache(cache))
     if host not in LOOPBACK and settings.api_key is None:
         typer.secho(f"whoever reaches {host} may use this server: set {KEY} to ask for a key", fg="yellow", err=True)
+
+    def tell(address: str) -> None:
+        typer.echo(f"{settings.model_name} is served at {address}")
+
+    if replicas is not None:
+        return _serve_replicas(Service(model, dtype, device, quantize, options, settings), replicas, tell)
     loaded, tokenizer = load_model(model, dtype, device, quantize)
     spare_threads(loaded)
-    engine = Engine(loaded, tokenizer, options)
-    serving.serve(engine, settings, lambda address: typer.echo(f"{settings.model_name} is served at {address}"))
+    serving.serve(Engine(loaded, tokenizer, options), settings, tell)
 
 
-def name_of(model: str) -> str:
-    """Return what requests call a model: a directory by its last name, anything else as it was given."""
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else model
-
-
-def _serving() -> ModuleType:
-    try:
-        from hymba import serving
-    except ModuleNotFoundError as error:
-        raise HymbaError(f"a server needs {error.name}, which is not installed: pip install 'hymba[serve]'") from error
-    return serving
+def _serve_replicas(service: Service, replicas: str, ready: Callable[[str], None]) -> None:
+    with needing("cluster"):
+        from hymba.serving.cluster_server import parse_replicas, serve_cluster
+    serve_cluster(service, parse_replicas(replicas), ready)

@@ -17,11 +17,13 @@ class GuardStream(Protocol):
     """Checks one answer as it grows.
 
     blocked: something forbidden was found; nothing more comes out.
-    held: some text is held back, because it might become forbidden.
     """
 
     blocked: bool
-    held: bool
+
+    @property
+    def held(self) -> bool:
+        """Whether some text is held back, because it might become forbidden."""
 
     def push(self, piece: str) -> str:
         """Take the next piece of the answer; return what is now certain to be allowed."""
