@@ -50,7 +50,7 @@ def serving(
     config: SizeOption = Size["350m"],
     weights: WeightsOption = Weights.bf16,
     streams: Annotated[int, typer.Option(min=2, help="Texts side by side.")] = 8,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 64,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 128,
     long_prompt: Annotated[int, typer.Option(min=64, help="Tokens of the prompt that arrives beside streams.")] = 4096,
     chat: Annotated[int, typer.Option(min=64, help="Tokens of the chat whose second turn is timed.")] = 8192,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 3,
@@ -113,9 +113,10 @@ class Bench:
         }
 
     def _stream(self, engine: Engine, count: int) -> float:
+        read = engine.stats().prompt_tokens + count * PROMPT
         for i in range(count):
             engine.submit(Sequence(self.prompt(PROMPT), replace(SAMPLED, max_new_tokens=self.tokens, seed=i)))
-        while engine.stats().waiting or len(engine._scheduler.running) < count:
+        while engine.stats().prompt_tokens < read:
             engine.step()
         before = engine.stats().new_tokens
         spent = seconds(functools.partial(_run, engine))
@@ -220,26 +221,18 @@ class Bench:
             thread.start()
             engine.start()
             for _ in range(repeat + 1):
+                read = engine.stats().prompt_tokens + self.streams * PROMPT
                 for i in range(self.streams):
                     engine.submit(Sequence(self.prompt(PROMPT), replace(SAMPLED, max_new_tokens=self.tokens, seed=i)))
-                rates["engine"].append(self._rate(engine))
+                rates["engine"].append(_rate(engine, read))
                 client = self._client(listener.getsockname()[1])
-                rates["http"].append(self._rate(engine))
+                rates["http"].append(_rate(engine, read + self.streams * PROMPT))
                 client.wait()
             engine.stop()
             server.should_exit = True
             thread.join()
         ours, theirs = (statistics.median(found[1:]) for found in rates.values())
         return {"tokens_per_second": round(theirs, 2), "share": round(1 - theirs / ours, 3)}
-
-    def _rate(self, engine: Engine) -> float:
-        """Return the tokens a second of an engine that runs, from when all prompts are read until all is said."""
-        while len(engine._scheduler.running) < self.streams:
-            time.sleep(0.001)
-        begun, before = time.perf_counter(), engine.stats().new_tokens
-        while engine.stats().running:
-            time.sleep(0.001)
-        return (engine.stats().new_tokens - before) / (time.perf_counter() - begun)
 
     def _client(self, port: int) -> subprocess.Popen[str]:
         prompts = [self.prompt(PROMPT) for _ in range(self.streams)]
@@ -309,6 +302,16 @@ class _ForcedText:
 def _without_repeats(vocabulary: int) -> list[int]:
     """Return a text in which no three tokens stand twice, though each of them does."""
     return [3 + (i * i + 7 * i * (i % 13)) % (vocabulary - 3) for i in range(1500)]
+
+
+def _rate(engine: Engine, read: int) -> float:
+    """Return the tokens a second of an engine that runs, from when so many tokens of prompts are read to the end."""
+    while engine.stats().prompt_tokens < read:
+        time.sleep(0.005)
+    begun, before = time.perf_counter(), engine.stats().new_tokens
+    while engine.stats().running:
+        time.sleep(0.005)
+    return (engine.stats().new_tokens - before) / (time.perf_counter() - begun)
 
 
 @functools.cache
