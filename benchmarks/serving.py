@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any
@@ -116,11 +116,9 @@ class Bench:
         read = engine.stats().prompt_tokens + count * PROMPT
         for i in range(count):
             engine.submit(Sequence(self.prompt(PROMPT), replace(SAMPLED, max_new_tokens=self.tokens, seed=i)))
-        while engine.stats().prompt_tokens < read:
-            engine.step()
-        before = engine.stats().new_tokens
-        spent = seconds(functools.partial(_run, engine))
-        return (engine.stats().new_tokens - before) / spent
+        rate = _rate(engine, read, engine.step)
+        _run(engine)
+        return rate
 
     def interference(self, long_prompt: int) -> dict[str, Any]:
         """How long streams wait for a token while a long prompt is read beside them."""
@@ -224,10 +222,12 @@ class Bench:
                 read = engine.stats().prompt_tokens + self.streams * PROMPT
                 for i in range(self.streams):
                     engine.submit(Sequence(self.prompt(PROMPT), replace(SAMPLED, max_new_tokens=self.tokens, seed=i)))
-                rates["engine"].append(_rate(engine, read))
+                rates["engine"].append(_rate(engine, read, _wait))
+                _drain(engine)
                 client = self._client(listener.getsockname()[1])
-                rates["http"].append(_rate(engine, read + self.streams * PROMPT))
+                rates["http"].append(_rate(engine, read + self.streams * PROMPT, _wait))
                 client.wait()
+                _drain(engine)
             engine.stop()
             server.should_exit = True
             thread.join()
@@ -304,14 +304,23 @@ def _without_repeats(vocabulary: int) -> list[int]:
     return [3 + (i * i + 7 * i * (i % 13)) % (vocabulary - 3) for i in range(1500)]
 
 
-def _rate(engine: Engine, read: int) -> float:
-    """Return the tokens a second of an engine that runs, from when so many tokens of prompts are read to the end."""
+def _rate(engine: Engine, read: int, pass_time: Callable[[], Any]) -> float:
+    """Return the tokens a second of an engine from when so many tokens of prompts are read until a text ends."""
     while engine.stats().prompt_tokens < read:
-        time.sleep(0.005)
-    begun, before = time.perf_counter(), engine.stats().new_tokens
+        pass_time()
+    begun, before = time.perf_counter(), engine.stats()
+    while engine.stats().finished == before.finished:
+        pass_time()
+    return (engine.stats().new_tokens - before.new_tokens) / (time.perf_counter() - begun)
+
+
+def _wait() -> None:
+    time.sleep(0.02)
+
+
+def _drain(engine: Engine) -> None:
     while engine.stats().running:
-        time.sleep(0.005)
-    return (engine.stats().new_tokens - before) / (time.perf_counter() - begun)
+        _wait()
 
 
 @functools.cache

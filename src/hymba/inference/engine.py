@@ -55,8 +55,8 @@ class Engine:
                 f"no memory for {options.max_rows} rows of {self.max_length} tokens: ask for fewer or shorter ones"
             ) from error
         self._scheduler = Scheduler(self._runner)
-        kept = options.prefix_cache_bytes
-        self._prefixes = PrefixCache(2 * self._runner.cache.nbytes() if kept is None else kept)
+        self._cache_bytes, kept = self._runner.cache.nbytes(), options.prefix_cache_bytes
+        self._prefixes = PrefixCache(2 * self._cache_bytes if kept is None else kept)
         self._pace = Pace(options.prefill_tokens or prefill_chunk(model))
         self._drafters: dict[Sequence, Drafter] = {}
         self._marks: dict[Sequence, int] = {}  # where a prompt leaves those before it
@@ -134,7 +134,7 @@ class Engine:
             prefix_bytes=prefixes.nbytes,
             prefix_hits=prefixes.hits,
             prefix_queries=prefixes.queries,
-            cache_bytes=self._runner.cache.nbytes(),
+            cache_bytes=self._cache_bytes,
             finished=dict(self._finished),
         )
 
