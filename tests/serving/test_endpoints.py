@@ -35,7 +35,7 @@ def test_the_model_says_what_it_holds(live: LiveServer, engine: Engine) -> None:
     for tokens in (0, 1, 77, 600):
         held = cache["fixed_bytes"] + tokens * cache["bytes_per_token"]
         assert held == cache_nbytes(config, tokens, engine.model.dtype.itemsize)
-    assert cache["llama_bytes_per_token"] == 2 * 6 * 1 * 64 * 2
+    assert cache["llama_bytes_per_token"] == 2 * 6 * 1 * 64 * 4
 
 
 def test_version_and_health(live: LiveServer) -> None:

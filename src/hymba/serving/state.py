@@ -125,7 +125,7 @@ class State:
 
         `cache` tells what a conversation of n tokens holds: fixed_bytes + n · bytes_per_token.
         `llama_bytes_per_token` is for a Llama of the same layers, KV heads and head size, with full attention and a
-        KV in every layer, two bytes a value: 2 · layers · kv_heads · head_dim · 2.
+        KV in every layer, in the same dtype: 2 · layers · kv_heads · head_dim · bytes of a value.
         """
         config, options = self.engine.model.config, self.engine.options
         size = self.engine.model.dtype.itemsize
@@ -133,7 +133,7 @@ class State:
         cache = {
             "fixed_bytes": empty,
             "bytes_per_token": one - empty,
-            "llama_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2,
+            "llama_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size,
         }
         name = self.settings.model_name
         about = {"max_length": self.engine.max_length, "max_model_len": self.engine.max_length, "cache": cache}
