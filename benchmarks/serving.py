@@ -38,6 +38,7 @@ from benchmarks.command import (
 )
 from benchmarks.models import random_model
 from benchmarks.timing import milliseconds, seconds
+from hymba.errors import HymbaError
 from hymba.inference import Engine, EngineOptions, SamplingParams, Sequence, Update
 from hymba.inference.step import DecodeStep
 from hymba.model import Hymba
@@ -309,8 +310,10 @@ def _rate(engine: Engine, read: int, pass_time: Callable[[], Any]) -> float:
     while engine.stats().prompt_tokens < read:
         pass_time()
     begun, before = time.perf_counter(), engine.stats()
-    while engine.stats().finished == before.finished:
+    while engine.stats().finished == before.finished and engine.stats().running:
         pass_time()
+    if engine.stats().new_tokens == before.new_tokens:
+        raise HymbaError("the texts end before they can be timed: ask for more --tokens")
     return (engine.stats().new_tokens - before.new_tokens) / (time.perf_counter() - begun)
 
 

@@ -62,7 +62,7 @@ def test_decode_tells_what_it_promises(tmp_path: Path) -> None:
         ("ops --config tiny --only conv --seconds 0.01", {"ops", "matrix_gflops", "bandwidth_gb_s"}),
         ("training --rows 1 --length 32 --repeat 1 --threads 1", {"tokens_per_second", "step_ms", "speedup"}),
         (
-            "serving --config tiny --streams 2 --tokens 12 --long-prompt 80 --chat 90 --repeat 1 --threads 1",
+            "serving --config tiny --streams 2 --tokens 200 --long-prompt 80 --chat 90 --repeat 1 --threads 1",
             {"throughput", "interference", "second_turn", "drafts", "overhead", "http"},
         ),
         ("soak --clients 3 --seconds 5", {"requests", "rss_growth", "running", "waiting", "same_answers"}),

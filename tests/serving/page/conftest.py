@@ -1,4 +1,4 @@
-"""A browser for all tests of this folder, and for each a page of its own on a server of its own."""
+"""A browser for the tests of each file, and for each test a page of its own on a server of its own."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from hymba.serving.page import router
 expect.set_options(timeout=20_000)  # of a busy machine; a test that passes does not wait
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lives, playwright's event loop counts as running: asyncio.run() is refused
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = launch(playwright)
