@@ -1,7 +1,7 @@
 """Clients that come, listen and go at random, and what they leave behind: `python -m benchmarks.soak --help`.
 
 A server runs in a process of its own. Some clients stream and some do not; some hang up in the middle. In the end there
-must be no text left in the engine, no more memory and threads than after the first seconds, and the same answers.
+must be no text left in the engine, no more memory and threads than after as long a time before, and the same answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS = ("the", "sea", "was", "cold", "and", "nobody", "answered", "when", "he",
 def soak(
     model: Annotated[str, typer.Argument(help="What `hymba serve` takes.")] = "tiny",
     clients: Annotated[int, typer.Option(min=1, help="Clients at a time.")] = 200,
-    seconds: Annotated[float, typer.Option(min=5, help="How long they come and go.")] = 120,
+    seconds: Annotated[float, typer.Option(min=5, help="How long they come and go, twice.")] = 120,
     as_json: Json = False,
     out: Out = None,
 ) -> None:
@@ -63,7 +63,7 @@ async def _soak(address: str, pid: int, clients: int, seconds: float, step: Any)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"{address.rstrip('/')}/v1", timeout=120, limits=limits) as http:
         before = await _answers(http)
-        await _crowd(http, clients, min(seconds / 4, 30), Counter(), lambda: None)
+        await _crowd(http, clients, seconds, Counter(), lambda: None)
         await _quiet(http)
         rss, threads, requests = _rss(pid), _threads(pid), Counter[str]()
         await _crowd(http, clients, seconds, requests, step)
