@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -86,7 +86,7 @@ class Bench:
     model: Hymba
     streams: int
     tokens: int
-    made: int = field(default=0)
+    made: int = 0
 
     def engine(self, rows: int, length: int, **options: Any) -> Engine:
         """Return an engine; it drafts nothing unless told to."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -119,17 +120,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return what the engine holds and has done."""
-        counts, prefixes, scheduler = self._counts, self._prefixes, self._scheduler
-        return EngineStats(
+        prefixes, scheduler = self._prefixes, self._scheduler
+        return replace(
+            self._counts,
             running=len(scheduler.running) + len(scheduler.reading),
             waiting=len(scheduler.waiting) + len(self._inbox),
             rows=self.options.max_rows,
-            steps=counts.steps,
-            prompt_tokens=counts.prompt_tokens,
-            cached_tokens=counts.cached_tokens,
-            new_tokens=counts.new_tokens,
-            drafted_tokens=counts.drafted_tokens,
-            accepted_tokens=counts.accepted_tokens,
             prefix_entries=prefixes.entries,
             prefix_bytes=prefixes.nbytes,
             prefix_hits=prefixes.hits,
@@ -250,8 +246,6 @@ class Engine:
         self._scheduler.start(sequence)
         self._marks.pop(sequence, None)
         sequence.logits = None
-        if self.options.speculate:
-            self._drafters[sequence] = Drafter(sequence.prompt)
         self._choose([sequence], logits)
         self._settle([sequence])
 
@@ -286,6 +280,8 @@ class Engine:
             return [[] for _ in running]
         drafts = []
         for sequence in running:
+            if sequence not in self._drafters:  # not before: most texts of a full engine never draft
+                self._drafters[sequence] = Drafter(sequence.ids)
             room = min(DRAFTED - len(sequence.pending), self.max_length - len(sequence.ids))
             drafts.append(self._drafters[sequence].draft(sequence.ids, room, self._pace.price))
         return drafts

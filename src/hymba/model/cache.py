@@ -145,7 +145,7 @@ class Cache:
             slots = _ring(config, owner, max_length)
             for buffer, meta in zip(buffers, prefix.stored(owner), strict=True):
                 held = meta if bits is None else round_heads(meta.detach())
-                buffer[owner] = _each(partial(_with_room, rows=rows, slots=slots), held)
+                buffer[owner] = each_part(partial(_with_room, rows=rows, slots=slots), held)
         conv_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.conv_state])
         ssm_state = torch.stack([s.expand(rows, -1, -1) for s in prefix.ssm_state])
         lengths = torch.zeros(rows, dtype=torch.int64, device=conv_state.device)
@@ -220,10 +220,10 @@ class Cache:
         own = _like(stored[0], k), _like(stored[1], v)
         if written:
             _write_ring(stored, own, slots)
-            keys, values = (_each(lambda s: s[:, :end], held) for held in stored)
+            keys, values = (each_part(lambda s: s[:, :end], held) for held in stored)
         else:
             pairs = zip(stored, own, strict=True)
-            keys, values = (_each(lambda s, x: torch.cat((s[:, :end], x), dim=1), *pair) for pair in pairs)
+            keys, values = (each_part(lambda s, x: torch.cat((s[:, :end], x), dim=1), *pair) for pair in pairs)
             _write_ring(stored, own, slots)
         return keys, values
 
@@ -263,13 +263,13 @@ class Cache:
 
     def _detach(self) -> None:
         for held in (self.keys, self.values):
-            held.update({owner: _each(Tensor.detach, x) for owner, x in held.items()})
+            held.update({owner: each_part(Tensor.detach, x) for owner, x in held.items()})
         self.conv_state, self.ssm_state = self.conv_state.detach(), self.ssm_state.detach()
 
     def select(self, rows: Tensor) -> Cache:
         """Return a copy that holds the rows named by the index `rows` (repeats allowed): beams, forks, snapshots."""
         keys, values = (
-            {i: _each(lambda x: x[rows], heads) for i, heads in held.items()} for held in (self.keys, self.values)
+            {i: each_part(lambda x: x[rows], heads) for i, heads in held.items()} for held in (self.keys, self.values)
         )
         states = self.conv_state[:, rows], self.ssm_state[:, rows]
         return replace(
@@ -289,23 +289,23 @@ class Cache:
         for held in (self.keys, self.values):
             for owner in held:
                 if self.config.window(owner) is None:
-                    held[owner] = _each(partial(_with_room, rows=self.rows, slots=extra), held[owner])
+                    held[owner] = each_part(partial(_with_room, rows=self.rows, slots=extra), held[owner])
         self.max_length = max_length
 
     def nbytes(self) -> int:
         """Return the bytes of every tensor held."""
-        parts = [part for held in (self.keys, self.values) for heads in held.values() for part in _parts(heads)]
+        parts = [part for held in (self.keys, self.values) for heads in held.values() for part in parts_of(heads)]
         return sum(x.nbytes for x in (*parts, self.conv_state, self.ssm_state, self.lengths))
 
 
-def _parts(heads: Heads) -> tuple[Tensor, ...]:
+def parts_of(heads: Heads) -> tuple[Tensor, ...]:
     """Return the tensors (B, S, …) that keys or values consist of."""
     return (heads.values, heads.scales) if isinstance(heads, QuantizedHeads) else (heads,)
 
 
-def _each(function: Callable[..., Tensor], *heads: Heads) -> Heads:
+def each_part(function: Callable[..., Tensor], *heads: Heads) -> Heads:
     """Return what a function of tensors (B, S, …) makes of keys or values, of each of their parts if quantised."""
-    made = [function(*parts) for parts in zip(*map(_parts, heads), strict=True)]
+    made = [function(*parts) for parts in zip(*map(parts_of, heads), strict=True)]
     return made[0] if len(made) == 1 else QuantizedHeads(*made)
 
 
@@ -326,7 +326,7 @@ def _like(stored: Heads, own: Tensor) -> Heads:
 
 
 def _write_ring(stored: Sequence[Heads], own: Sequence[Heads], slots: Slots) -> None:
-    for buffer, new in zip(map(_parts, stored), map(_parts, own), strict=True):
+    for buffer, new in zip(map(parts_of, stored), map(parts_of, own), strict=True):
         for part, new_part in zip(buffer, new, strict=True):
             _write_slots(part, new_part.detach().to(part.dtype), slots)
 

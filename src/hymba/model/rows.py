@@ -12,19 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hymba.model.cache import Cache, Prefix
-from hymba.ops.attention import Heads, QuantizedHeads
+from hymba.model.cache import Cache, Prefix, each_part, parts_of
 
 
 def view_rows(cache: Cache, first: int, count: int, longest: int) -> Cache:
     """Return rows `first` … `first + count − 1` as a cache that shares their memory; `longest` bounds their lengths."""
-
-    def some(heads: Heads) -> Heads:
-        if isinstance(heads, QuantizedHeads):
-            return QuantizedHeads(heads.values[first : first + count], heads.scales[first : first + count])
-        return heads[first : first + count]
-
-    keys, values = ({owner: some(heads) for owner, heads in held.items()} for held in (cache.keys, cache.values))
+    keys, values = (
+        {owner: each_part(lambda x: x[first : first + count], heads) for owner, heads in held.items()}
+        for held in (cache.keys, cache.values)
+    )
     return replace(
         cache,
         keys=keys,
@@ -130,6 +126,5 @@ def _parts(cache: Cache, row: int) -> Iterator[tuple[Tensor, int | None]]:
     """Yield a row's part of every tensor of keys or values, and its layer's window."""
     for held in (cache.keys, cache.values):
         for owner, heads in held.items():
-            tensors = (heads.values, heads.scales) if isinstance(heads, QuantizedHeads) else (heads,)
-            for x in tensors:
+            for x in parts_of(heads):
                 yield x[row], cache.config.window(owner)
