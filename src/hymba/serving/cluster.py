@@ -31,6 +31,7 @@ from hymba.inference import EngineOptions, parse_cache
 from hymba.serving.affinity import affinity_key, rank
 from hymba.serving.errors import ApiError
 from hymba.serving.inprocess import Call, Head, fetch, stream
+from hymba.serving.limits import limit_body
 from hymba.serving.replica_metrics import join_metrics
 from hymba.serving.service import Service, name_of
 from hymba.serving.settings import Settings
@@ -108,7 +109,7 @@ class Front:
                 raise ApiError(503, "the server is stopping: ask again", code="stopping", headers=told)
             if request.url.path == "/health":
                 return JSONResponse({"status": "ok", "replicas": len(await self._measure())})
-            body = await self._read(request)
+            body = await Request(request.scope, limit_body(request.receive, self._settings)).body()
             call = Call(request.method, request.url.path, tuple(request.headers.items()), body, request.url.query)
             return await self._ask(call, affinity_key(request.headers, body))
         except ApiError as error:
@@ -130,22 +131,6 @@ class Front:
         with suppress(DeploymentUnavailableError, TimeoutError, RayActorError):
             return [await asyncio.wait_for(self._replicas.measure.remote(), GLANCE)]
         raise ApiError(503, "no replica answers", code="no_replica")
-
-    async def _read(self, request: Request) -> bytes:
-        """Return the body, within the limits that the replicas' own apps would set to it."""
-        body, most = bytearray(), self._settings.max_body_bytes
-        try:
-            async with asyncio.timeout(self._settings.body_seconds):
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > most:
-                        raise ApiError(
-                            413, f"the body is longer than the {most} bytes that the server takes", code="too_large"
-                        )
-        except TimeoutError:
-            problem = f"the body did not arrive within {self._settings.body_seconds:g} seconds"
-            raise ApiError(408, problem, code="timeout") from None
-        return bytes(body)
 
     async def _ask(self, call: Call, key: str | None) -> Response:
         for attempt in range(ATTEMPTS):

@@ -9,6 +9,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hymba.serving.errors import ApiError, client_gone
+from hymba.serving.settings import Settings
 from hymba.serving.state import State
 
 KEPT = ("/v1/", "/tokenize", "/detokenize")  # what asks for a key; the rest tells nobody's business
@@ -40,7 +41,7 @@ class Gate:
             return await problem.response()(scope, receive, count)
         self._state.active += 1
         try:
-            await self._app(scope, self._limit(scope, receive), count)
+            await self._app(scope, limit_body(receive, self._state.settings), count)
         except Exception:
             if begun:
                 raise
@@ -70,30 +71,33 @@ class Gate:
         scheme, _, key = authorization.partition(b" ")
         return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
-    def _limit(self, scope: Scope, receive: Receive) -> Receive:
-        """Return `receive` with limits on the body's bytes and on the time that it takes to arrive."""
-        settings = self._state.settings
-        deadline, size, whole = asyncio.get_running_loop().time() + settings.body_seconds, 0, False
 
-        async def limited() -> Message:
-            nonlocal size, whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                problem = f"the body did not arrive within {settings.body_seconds:g} seconds"
-                raise ApiError(408, problem, code="timeout") from None
-            if message["type"] == "http.disconnect":
-                raise client_gone()
-            size += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if size > settings.max_body_bytes:
-                raise _too_large(settings.max_body_bytes)
-            return message
+def limit_body(receive: Receive, settings: Settings) -> Receive:
+    """Return `receive` with limits on the body's bytes and on the time that it takes to arrive.
 
-        return limited
+    It raises ApiError: 413 for too much, 408 for too slow, 499 for a client that has gone.
+    """
+    deadline, size, whole = asyncio.get_running_loop().time() + settings.body_seconds, 0, False
+
+    async def limited() -> Message:
+        nonlocal size, whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            problem = f"the body did not arrive within {settings.body_seconds:g} seconds"
+            raise ApiError(408, problem, code="timeout") from None
+        if message["type"] == "http.disconnect":
+            raise client_gone()
+        size += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
+        if size > settings.max_body_bytes:
+            raise _too_large(settings.max_body_bytes)
+        return message
+
+    return limited
 
 
 def _too_large(limit: int) -> ApiError:
