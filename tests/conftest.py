@@ -1,8 +1,9 @@
-"""Settings shared by every test: hypothesis repeats the same examples on every run."""
+"""Settings shared by every test: hypothesis repeats its examples on every run; without a GPU, Triton interprets."""
 
 import os
 import signal
 
+import torch
 from hypothesis import settings
 
 settings.register_profile("full", deadline=None, max_examples=40, derandomize=True)
@@ -11,3 +12,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full"))
 
 # A shell starts background jobs with Ctrl-C ignored; the tests of interruption need it as in the foreground.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Read when a kernel is defined, so before anything imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

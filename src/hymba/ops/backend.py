@@ -16,13 +16,16 @@ from typing import TypeVar
 from torch import Tensor
 
 from hymba.errors import HymbaError
-from hymba.ops import native
+from hymba.ops import gpu, native
 
-BACKENDS = ("reference", "cpu", "native")
+BACKENDS = ("reference", "cpu", "native", "triton")
 
 # Fastest first. "native" is C++; "cpu" is written in plain torch operations, so it also serves every other device.
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "cpu")}
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "cpu"), "cuda": ("triton", "cpu")}
 _DEFAULT_ORDER = ("cpu",)
+
+# Why the backends that not every machine has cannot run, or "" if they can.
+_WHY_NOT: dict[str, Callable[[], str]] = {"native": native.why_not, "triton": gpu.why_not}
 
 _forced: ContextVar[str | None] = ContextVar("hymba_backend", default=None)
 
@@ -42,19 +45,19 @@ def selected(implementations: Mapping[str, Callable], device_type: str) -> str:
     if forced:
         if forced not in BACKENDS:
             raise HymbaError(f"unknown backend {forced!r}: HYMBA_BACKEND takes one of {', '.join(BACKENDS)}")
-        if forced == "native" and native.why_not():
-            raise HymbaError(f"the native backend is not there: {native.why_not()}")
+        if reason := _why_not(forced):
+            raise HymbaError(f"the {forced} backend is not there: {reason}")
         if forced in implementations:
             return forced
     for name in _ORDER.get(device_type, _DEFAULT_ORDER):  # a generator would take twice as long
-        if name in implementations and (name != "native" or native.library()):
+        if name in implementations and not _why_not(name):
             return name
     return "reference"
 
 
 def usable(implementations: Mapping[str, Callable]) -> list[str]:
     """Return the names of the implementations that can run on this machine."""
-    return [name for name in implementations if name != "native" or native.library()]
+    return [name for name in implementations if not _why_not(name)]
 
 
 def explain(implementations: Mapping[str, Callable], device_type: str) -> str:
@@ -62,10 +65,11 @@ def explain(implementations: Mapping[str, Callable], device_type: str) -> str:
     name, forced = selected(implementations, device_type), _forced.get() or os.environ.get("HYMBA_BACKEND")
     if forced:
         return "HYMBA_BACKEND asks for it" if name == forced else f"HYMBA_BACKEND asks for {forced!r}, which it lacks"
-    if name == "native":
-        return f"C++ kernels, {native.level()}"
-    if device_type == "cpu" and "native" in implementations:
-        return native.why_not()
+    if name in _WHY_NOT:
+        return f"C++ kernels, {native.level()}" if name == "native" else "Triton kernels"
+    for fastest in _ORDER.get(device_type, ())[:1]:
+        if fastest in implementations:
+            return _why_not(fastest)
     return "the fastest of its kind here" if len(implementations) > 1 else "the only one"
 
 
@@ -83,3 +87,8 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def _why_not(name: str) -> str:
+    reason = _WHY_NOT.get(name)
+    return reason() if reason else ""
