@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from hymba.errors import HymbaError
 from hymba.hf import HymbaCache, HymbaForCausalLM
+from hymba.model import Hymba
 
 NEW = 16
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -217,3 +218,17 @@ def test_what_a_recurrent_cache_cannot_do(model: HymbaForCausalLM) -> None:
     foreign.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
     with pytest.raises(HymbaError, match="DynamicCache"), torch.no_grad():
         model(prompt()["input_ids"], past_key_values=foreign)
+
+
+def test_a_static_cache_repeats_a_recorded_step(model: HymbaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [], Hymba.forward
+    monkeypatch.setattr(Hymba, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    dynamic = run(model, prompt(), cache_implementation="dynamic")
+    assert len(calls) == NEW
+    assert torch.equal(run(model, prompt(), cache_implementation="static"), dynamic)
+    assert len(calls) == NEW + 2  # the prompt, and the step that is recorded
+
+
+def test_a_static_cache_serves_beams(model: HymbaForCausalLM) -> None:
+    static, dynamic = (run(model, prompt(), num_beams=3, cache_implementation=kind) for kind in ("static", "dynamic"))
+    assert torch.equal(static, dynamic)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba.errors import HymbaError
-from hymba.inference import SamplingParams, SamplingState, sample
+from hymba.inference import Choice, SamplingParams, SamplingState, sample
 from hymba.inference.sampling import uniform
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
@@ -156,4 +156,4 @@ def test_numbers_out_of_range_are_refused(params: dict[str, float], problem: str
 
 def test_nan_logits_are_told() -> None:
     with pytest.raises(HymbaError, match="NaN logits"):
-        sample(torch.tensor([[1.0, float("nan")]]), states(1, temperature=0))
+        Choice(sample(torch.tensor([[1.0, float("nan")]]), states(1, temperature=0))).read()

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from hymba.errors import HymbaError
+from hymba.inference.step import DecodeStep
 from hymba.model import Cache as CoreCache
 from hymba.model import Hymba, HymbaOutput
 
@@ -24,18 +25,22 @@ class HymbaMemory:
     """What all layers of a cache share.
 
     capacity: tokens to allocate at once; the cache grows past it.
+    repeats: whether single tokens are run by a recorded step (:class:`hymba.inference.step.DecodeStep`), as with
+        transformers' "static" cache; the weights must then keep their memory.
     core: the core cache, None until the first tokens come.
     width: columns of the caller's input seen so far, padding included: what `generate` calls the past length.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int = 0, repeats: bool = False) -> None:
+        self.capacity, self.repeats = capacity, repeats
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.width = 0
         self.core: CoreCache | None = None
+        self._step: DecodeStep | None = None
+        self._step_room = 0
 
     def run(self, model: Hymba, steps: tuple[int, int], call: dict[str, Any]) -> HymbaOutput:
         """Run a `call`, the model's arguments, of (B, T) = `steps` after what is held, and hold its tokens too."""
@@ -46,12 +51,28 @@ class HymbaMemory:
         if self.width + columns > self.core.max_length:
             self.core.grow(2 * (self.width + columns))
         self.width += columns
+        if self.repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
+            return HymbaOutput(self._repeat(model, call["tokens"][:, 0]))
         return model(**call, cache=self.core)
+
+    def _repeat(self, model: Hymba, tokens: Tensor) -> Tensor:
+        """Run a token a row, as the step before; return the hidden states (B, 1, D)."""
+        assert self.core is not None
+        room = self.core.max_length
+        if self._step is None or self._step.cache is not self.core or self._step_room != room:  # other memory
+            self._step, self._step_room = DecodeStep(model, self.core, head=False), room
+        return self._step(tokens)[:, None].clone()
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by the index `rows`, in that order; repeats are copied."""
         if self.core is not None:
             self.core = self.core.select(rows.to(self.core.lengths.device))
+
+
+def _is_plain(call: dict[str, Any]) -> bool:
+    """Return whether a call of the model says nothing but which tokens come next."""
+    others = (x for name, x in call.items() if name != "tokens")
+    return call["tokens"] is not None and all(x is None or x is False for x in others)
 
 
 class HymbaCacheLayer(CacheLayerMixin):
@@ -169,7 +190,8 @@ def hymba_memory(cache: Cache | None, num_layers: int) -> HymbaMemory | None:
     if layers is None or getattr(cache, "offloading", False) or int(cache.get_seq_length()) > 0:
         kind = type(cache).__name__
         raise HymbaError(f"past_key_values is a used or unsupported {kind}: pass an empty hymba.hf.HymbaCache")
-    memory = HymbaMemory(max(cache.get_max_length(), 0) if layers else getattr(cache, "capacity", 0))
+    capacity = max(cache.get_max_length(), 0) if layers else getattr(cache, "capacity", 0)
+    memory = HymbaMemory(capacity, repeats=isinstance(cache, StaticCache))
     cache.layers = [HymbaCacheLayer(memory, index) for index in range(num_layers)]
     cache.layer_class_to_replicate = None
     return memory

@@ -14,10 +14,11 @@ from hymba.inference.checkpoint import (
 from hymba.inference.conversation import Conversation
 from hymba.inference.engine import Engine
 from hymba.inference.generate import Continuation, encode_prompt, generate
-from hymba.inference.sampling import SamplingParams, SamplingState, sample
+from hymba.inference.sampling import Choice, SamplingParams, SamplingState, sample
 from hymba.inference.sequence import Sequence, TokenLogprob, Update
 
 __all__ = [
+    "Choice",
     "Continuation",
     "Conversation",
     "Engine",

@@ -20,7 +20,7 @@ from hymba.inference.bounds import EngineDeadError, EngineOptions, EngineStats, 
 from hymba.inference.generate import end_ids, prefill_chunk
 from hymba.inference.prefix_cache import PrefixCache
 from hymba.inference.runner import DRAFTED, Runner
-from hymba.inference.sampling import sample
+from hymba.inference.sampling import Choice, sample
 from hymba.inference.scheduler import Pace, Scheduler
 from hymba.inference.sequence import Sequence, token_logprobs
 from hymba.inference.speculation import Drafter
@@ -315,7 +315,7 @@ class Engine:
         """Choose each sequence's next token; one for which nothing can be chosen ends with an error."""
         chosen: list[int | HymbaError]
         try:
-            chosen = [*sample(logits, [sequence.state for sequence in sequences]).tolist()]
+            chosen = [*Choice(sample(logits, [sequence.state for sequence in sequences])).read()]
         except HymbaError:
             chosen = [_try_to_choose(sequence, logits[i : i + 1]) for i, sequence in enumerate(sequences)]
         for i, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
@@ -347,6 +347,6 @@ class Engine:
 
 def _try_to_choose(sequence: Sequence, logits: Tensor) -> int | HymbaError:
     try:
-        return int(sample(logits, [sequence.state]))
+        return Choice(sample(logits, [sequence.state])).read()[0]
     except HymbaError as error:
         return error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
-from hymba.inference.sampling import SamplingParams, SamplingState, sample
+from hymba.inference.sampling import Choice, SamplingParams, SamplingState, sample
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba, scheme_of
 from hymba.text import StopCutter, TextStream
@@ -61,10 +61,11 @@ def generate(
     # The last token is yielded but never run, so it needs no position.
     count = min(params.max_new_tokens, room - held - len(ids) + 1)
     length = held + len(ids) + count - 1
+    ahead = cache is None and model.device.type == "cuda"
     if cache is None:
         cache = model.allocate_cache(rows=1, max_length=length, bits=cache_bits)
     cache.grow(length)
-    return _run(model, ids, params, cache, count)
+    return _run(model, ids, params, cache, count, ahead)
 
 
 def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
@@ -74,7 +75,11 @@ def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
 
 
 @torch.no_grad()
-def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int) -> Iterator[int]:
+def _run(
+    model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int, ahead: bool = False
+) -> Iterator[int]:
+    """Yield up to `count` tokens. `ahead`: run each before it is read, so that a GPU need not wait for Python; the
+    cache then holds the last token too."""
     stops = end_ids(model, params)
     state = SamplingState(params, ids.tolist(), stops)
     for chunk in ids.split(prefill_chunk(model)):
@@ -82,11 +87,15 @@ def _run(model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count:
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):
         next_id = sample(logits, [state])
-        yield (token := int(next_id))
+        choice, is_last = Choice(next_id), step == count - 1
+        if ahead and not is_last:
+            logits = run_step(next_id.clamp(min=0))  # what is no token is told of below
+        yield (token := choice.read()[0])
         state.accept(token)
-        if token in stops or step == count - 1:
+        if token in stops or is_last:
             return
-        logits = run_step(next_id)
+        if not ahead:
+            logits = run_step(next_id)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

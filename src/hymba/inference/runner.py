@@ -12,6 +12,7 @@ from hymba.model import Cache, Hymba
 from hymba.model.rows import Snapshot, Undo, clear_row, copy_row, restore_row, save_row, view_rows
 
 DRAFTED = 8  # tokens of a row in a step that checks drafts
+BUCKET = 8  # on a GPU, rows of a step are rounded up to a multiple of this, or to 1, 2 or 4: each is a graph to capture
 
 
 class Runner:
@@ -27,24 +28,35 @@ class Runner:
             self.cache: Cache = model.allocate_cache(rows, max_length, cache_bits)
             self._prefix = model.prefix()
         self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.cache.lengths.is_cuda else None
 
     @torch.no_grad()
     def prefill(self, row: int, held: int, tokens: Items[int], every: bool = False) -> Tensor:
         """Run tokens into a row that holds `held`; return logits (1, vocab) behind the last, or `every` (T, vocab)."""
         view = view_rows(self.cache, row, 1, held)
         hidden = self.model(self._tensor([tokens]), cache=view).hidden[0]
-        return self.model.logits(hidden if every else hidden[-1:])
+        logits = self.model.logits(hidden if every else hidden[-1:])
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()  # whoever paces prompts reads the clock
+        return logits
 
     def decode(self, tokens: Items[int], longest: int) -> Tensor:
         """Run one token into each of the first rows, none of which holds more than `longest`; return (B, vocab) until
         the next call."""
-        return self._step(len(tokens), 1, longest)(self._tensor(tokens))
+        rows = self._bucket(len(tokens))
+        if rows is None:
+            return self._step(len(tokens), 1, longest)(self._tensor(tokens))
+        spare = rows - len(tokens)
+        lengths = self._tensor([1] * len(tokens) + [0] * spare)  # the rows beyond, whatever they hold, stand still
+        return self._step(rows, 1, longest)(self._tensor([*tokens, *[0] * spare]), lengths)[: len(tokens)]
 
     def check(self, tokens: Items[Items[int]], longest: int) -> Tensor:
         """Run up to DRAFTED tokens into each of the first rows; return (B, DRAFTED, vocab) until the next call."""
-        padded = [[*row, *[0] * (DRAFTED - len(row))] for row in tokens]
-        step = self._step(len(tokens), DRAFTED, longest)
-        return step(self._tensor(padded), self._tensor([len(row) for row in tokens]))
+        rows = self._bucket(len(tokens)) or len(tokens)
+        fed = [*tokens, *[()] * (rows - len(tokens))]
+        padded = [[*row, *[0] * (DRAFTED - len(row))] for row in fed]
+        step = self._step(rows, DRAFTED, longest)
+        return step(self._tensor(padded), self._tensor([len(row) for row in fed]))[: len(tokens)]
 
     def clear(self, row: int) -> None:
         """Let a row hold no text."""
@@ -69,9 +81,17 @@ class Runner:
     def _step(self, rows: int, steps: int, longest: int) -> DecodeStep:
         step = self._steps.get((rows, steps))
         if step is None:
-            step = self._steps[rows, steps] = DecodeStep(self.model, view_rows(self.cache, 0, rows, 0), steps)
+            view = view_rows(self.cache, 0, rows, 0)
+            step = self._steps[rows, steps] = DecodeStep(self.model, view, steps, pool=self._pool)
         step.cache.longest = longest
         return step
 
+    def _bucket(self, rows: int) -> int | None:
+        """Return how many rows to run in place of `rows`; None where every number of them costs the same to begin."""
+        if self._pool is None:
+            return None
+        wanted = rows if rows in (1, 2, 4) else 4 if rows == 3 else -(-rows // BUCKET) * BUCKET
+        return min(wanted, self.cache.rows)
+
     def _tensor(self, numbers: Items[int] | Items[Items[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+        return torch.tensor(numbers, dtype=torch.int64).to(self.model.device, non_blocking=True)

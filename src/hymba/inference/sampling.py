@@ -19,6 +19,7 @@ from hymba.errors import HymbaError
 from hymba.ops.draw import draw_tokens
 
 _64_BITS = (1 << 64) - 1
+_NOT_A_NUMBER, _NOTHING = -1, -2  # in place of a token
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class SamplingState:
                 raise HymbaError(f"logit_bias names token {token}, but the vocabulary has {len(logits)}")
             logits[token] += bias
         if self._matcher is not None:
-            logits.masked_fill_(~self._matcher.mask(len(logits)).to(logits.device), -math.inf)
+            allowed = self._matcher.mask(len(logits)).to(logits.device, non_blocking=True)
+            logits.masked_fill_(~allowed, -math.inf)
         if self.count < p.min_new_tokens and self._end_ids:
             held = logits[self._end_ids]
             logits[self._end_ids] = -math.inf
@@ -180,24 +182,55 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         states: of the B texts.
 
     Returns:
-        (B,) int64.
+        (B,) int64 on the device of `logits`, which is not waited for: :class:`Choice` reads them. −1 where a logit is
+        not a number, −2 where nothing may follow.
 
     Raises:
-        HymbaError: a logit is not a number, or nothing may follow.
+        HymbaError: a bias names a token that is not there.
     """
-    if any(state.alters for state in states):
+    altered = any(state.alters for state in states)
+    if altered:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row, state in zip(logits, states, strict=True):
             if state.alters:
                 state.alter(row)
-        if bool((logits.amax(dim=-1) == -math.inf).any()):
+    vocabulary = logits.shape[-1]
+    numbers = torch.tensor([_numbers(state, vocabulary) for state in states], dtype=torch.float64)
+    # Not waiting is safe: what is copied from pageable memory has left it when the call returns.
+    temperature, top_k, top_p, min_p, drawn = numbers.T.contiguous().to(logits.device, non_blocking=True)
+    chosen = draw_tokens(logits, temperature, top_k.to(torch.int64), top_p, min_p, drawn)
+    return torch.where(logits.amax(dim=-1) == -math.inf, _NOTHING, chosen) if altered else chosen
+
+
+def _numbers(state: SamplingState, vocabulary: int) -> tuple[float, ...]:
+    """Return what :func:`draw_tokens` is to know of a text: temperature, top_k, top_p, min_p, and what it draws."""
+    p = state.params
+    top_k = min(p.top_k or vocabulary, vocabulary)
+    return p.temperature, top_k, p.top_p, p.min_p, uniform(state.seed, state.count)
+
+
+class Choice:
+    """Tokens that :func:`sample` chose, (B,), on their way from the device while it goes on with something else."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens, self._arrived = tokens, None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[int]:
+        """Return the tokens, when they are there.
+
+        Raises:
+            HymbaError: for one of them a logit was not a number, or nothing may follow.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens = self._tokens.tolist()
+        if _NOTHING in tokens:
             raise HymbaError("no token may follow: the constraint or the bias forbids them all")
-    params, device, vocabulary = [state.params for state in states], logits.device, logits.shape[-1]
-    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)
-    draws = [uniform(state.seed, state.count) for state in states]
-    numbers = ([p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params], draws)
-    temperature, top_p, min_p, drawn = torch.tensor(numbers, dtype=torch.float64, device=device)
-    chosen = draw_tokens(logits, temperature, top_k, top_p, min_p, drawn)
-    if bool((chosen < 0).any()):
-        raise HymbaError("the model gave NaN logits: its weights are damaged, or overflow in this dtype")
-    return chosen
+        if _NOT_A_NUMBER in tokens:
+            raise HymbaError("the model gave NaN logits: its weights are damaged, or overflow in this dtype")
+        return tokens

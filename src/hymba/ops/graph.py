@@ -1,0 +1,36 @@
+"""Calls captured once as a CUDA graph and replayed: what :class:`hymba.ops.recording.Recording` is, for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Graph:
+    """Captures every kernel started inside ``with Graph() as graph:``, on this thread, without running it.
+
+    Before, the same code must have run once, so that its kernels are compiled and loaded. What is computed must depend
+    on tensors alone, and nothing inside may wait for the GPU. Inputs are changed by writing into their tensors; outputs
+    are found in the tensors that the captured code returned.
+
+    Args:
+        pool: of memory, from ``torch.cuda.graph_pool_handle()``, to share with graphs that are replayed in turn and
+            whose outputs are not needed any longer then; None for a pool of its own.
+    """
+
+    def __init__(self, pool: Any = None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a server's, may allocate meanwhile.
+        self._capture = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+
+    def __enter__(self) -> Graph:
+        self._capture.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._capture.__exit__(*raised)
+
+    def replay(self) -> None:
+        """Run all kernels, in order, on the memory that they were captured with."""
+        self._graph.replay()
