@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from hymba.errors import HymbaError
 from hymba.hf import HymbaForCausalLM
+from hymba.ops.selective_scan import selective_scan
 from hymba.text import load_tokenizer
 from hymba.training import Recipe, pretrain
 from hymba.training.data import Corpus
@@ -188,6 +189,36 @@ def test_micro_batches_give_the_same_gradients(recipe: Recipe, books: Path, tmp_
     for end in ends[1:]:
         assert end["loss"] == pytest.approx(ends[0]["loss"], rel=1e-5)
         assert end["grad_norm"] == pytest.approx(ends[0]["grad_norm"], rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(recipe: Recipe, books: Path, tmp_path: Path) -> None:
+    ends = []
+    for checkpointing in (False, True):
+        out = tmp_path / str(checkpointing)
+        pretrain(replace(recipe, gradient_checkpointing=checkpointing, steps=1), [books], out)
+        ends.append(next(line for line in read_log(out / "log.jsonl") if "loss" in line))
+    assert ends[1]["loss"] == pytest.approx(ends[0]["loss"], rel=1e-6)
+    assert ends[1]["grad_norm"] == pytest.approx(ends[0]["grad_norm"], rel=1e-5)
+
+
+def test_mixed_precision_keeps_the_ssm_in_float32(
+    recipe: Recipe, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    def scan(u: torch.Tensor, dt: torch.Tensor, A_log: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        y, state = selective_scan(u, dt, A_log, *rest, **named)
+        weights = (A_log, rest[2], named["dt_bias"], named["initial_state"])
+        seen.append((u.dtype, *(x.dtype for x in weights), state.dtype))
+        return y, state
+
+    monkeypatch.setattr("hymba.model.hymba.selective_scan", scan)
+    model = build_model(recipe, tokenizer)
+    tokens = torch.randint(3, len(tokenizer), (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert set(seen) == {(torch.bfloat16, *5 * (torch.float32,))}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_minutes_cut_the_stable_phase_and_keep_the_decay(recipe: Recipe, books: Path, tmp_path: Path) -> None:

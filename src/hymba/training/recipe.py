@@ -53,7 +53,8 @@ class Recipe:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # of the norm of all gradients together; 0: none
 
-    bf16: bool = True  # autocast; the weights in training stay float32
+    bf16: bool = True  # autocast; the weights in training stay float32, the SSM's parameters and states in every pass
+    gradient_checkpointing: bool = False  # layers run twice, and a step holds little more than their inputs
     seed: int = 0
     save_every: int = 500  # steps between checkpoints
     eval_every: int = 250  # steps between looks at the held-out files

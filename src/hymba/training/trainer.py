@@ -62,6 +62,8 @@ class PretrainingTrainer(Trainer):
     ) -> None:
         self.tokenizer, self.recipe, self.schedule, self.journal = tokenizer, recipe, schedule, journal
         self.stop = StopFlag()
+        if recipe.gradient_checkpointing:  # here, since TrainingArguments' name for it changes between versions
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = build_optimizer(model, recipe)
         super().__init__(
             model,
