@@ -8,6 +8,7 @@ starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from hymba.model.config import HymbaConfig
 from hymba.ops.attention import Heads, attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
 from hymba.ops.gated import gated_silu
+from hymba.ops.graph import side_by_side
 from hymba.ops.linear import linear
 from hymba.ops.precision import accumulate_dtype
 from hymba.ops.rms_norm import mean_of_norms, rms_norm
@@ -266,24 +268,30 @@ class HybridMixer(nn.Module):
     ) -> LayerOutput:
         """See :meth:`HymbaLayer.forward`."""
         q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)
-        if self.is_owner:
-            k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
-            v = self._heads(kv[1], self.config.num_key_value_heads)
-            keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
-        attended, weights = self._attend(q, keys, values, call)
-        scanned, conv_state, ssm_state = self._scan(u, gate, conv_state, ssm_state, memory.in_place, call)
+        (attended, keys, values, weights), (scanned, conv_state, ssm_state) = side_by_side(
+            x,
+            lambda: self._attend(q, kv, keys, values, memory, call),
+            lambda: self._scan(u, gate, conv_state, ssm_state, memory.in_place, call),
+        )
         weights_of_norms = self.attention_norm.weight, self.ssm_norm.weight
         mixed = mean_of_norms(attended, scanned, *weights_of_norms, self.config.rms_norm_eps)
         return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
 
-    def _attend(self, q: Tensor, keys: Heads, values: Heads, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Return the attention branch (B, T, E), and its matrices (B, H, T, S) when they are asked for."""
+    def _attend(
+        self, q: Tensor, kv: Sequence[Tensor], keys: Heads, values: Heads, memory: Cache | Prefix, call: Call
+    ) -> tuple[Tensor, Heads, Heads, Tensor | None]:
+        """Return the attention branch (B, T, E), the keys and values attended to, and its matrices (B, H, T, S) when
+        they are asked for. An owner's own `kv` join the stored ones first."""
+        if self.is_owner:
+            k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
+            v = self._heads(kv[1], self.config.num_key_value_heads)
+            keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
         q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
         mask = call.mask(self.window, self.config.num_meta_tokens)
         if not call.output_attentions:
-            return attention(q, keys, values, **mask).flatten(2), None
+            return attention(q, keys, values, **mask).flatten(2), keys, values, None
         weights = attention_weights(q, keys, visible(**mask))
-        return weigh_values(weights, values).to(q.dtype).flatten(2), weights
+        return weigh_values(weights, values).to(q.dtype).flatten(2), keys, values, weights
 
     def _scan(
         self, u: Tensor, gate: Tensor, conv_state: Tensor, ssm_state: Tensor, in_place: bool, call: Call

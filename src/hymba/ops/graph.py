@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 class Graph:
@@ -34,3 +40,25 @@ class Graph:
     def replay(self) -> None:
         """Run all kernels, in order, on the memory that they were captured with."""
         self._graph.replay()
+
+
+def side_by_side(x: Tensor, first: Callable[[], X], second: Callable[[], Y]) -> tuple[X, Y]:
+    """Return what two functions of `x` return, neither of which needs the other.
+
+    Where a graph is being captured they become branches of it, so that small kernels of one run beside those of the
+    other. What either allocates may be freed as usual: the branches begin and end in the stream that captures.
+    """
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return first(), second()
+    stream, branch = torch.cuda.current_stream(x.device), _branch(x.device)
+    branch.wait_stream(stream)
+    with torch.cuda.stream(branch):
+        found = first()
+    also = second()
+    stream.wait_stream(branch)
+    return found, also
+
+
+@functools.cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
