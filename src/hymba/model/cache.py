@@ -18,6 +18,7 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.model.config import HymbaConfig
 from hymba.ops.attention import Heads, QuantizedHeads, round_heads
+from hymba.ops.ring import ring_positions, ring_slots
 
 
 class Slots(NamedTuple):
@@ -196,13 +197,8 @@ class Cache:
         ring = self.max_length if window is None else window + 1
         written = _writes_first(window, steps)
         held = self.lengths + (query_positions >= 0).sum(1) if written else self.lengths
-        slots = torch.arange(self._used(ring, steps if written else 0), device=self.lengths.device)
-        # Slot j of a ring that has taken n tokens holds the newest token p < n with p = j (mod ring).
-        last = held[:, None] - 1
-        tokens = last - (last - slots) % ring
-        positions = torch.where(tokens >= 0, tokens + meta, -1)
-        metas = torch.arange(meta, device=self.lengths.device).expand(self.rows, -1)
-        return torch.cat((metas, positions) if written else (metas, positions, query_positions), dim=1)
+        positions = ring_positions(held, self._used(ring, steps if written else 0), ring, meta)
+        return positions if written else torch.cat((positions, query_positions), dim=1)
 
     def extend(
         self, window: int | None, stored: tuple[Heads, Heads], k: Tensor, v: Tensor, slots: Slots | None
@@ -233,20 +229,9 @@ class Cache:
 
     def slots(self, window: int | None, lengths: Tensor | None, steps: int) -> Slots:
         """Return where a call's tokens go in the rings of a window; `lengths` as in `Hymba.forward`."""
-        ring, device = self.max_length if window is None else window + 1, self.lengths.device
-        rows, tokens = torch.arange(self.rows, device=device)[:, None], torch.arange(min(steps, ring), device=device)
-        first = self.lengths[:, None] + tokens
-        if lengths is None and steps <= ring:
-            return Slots(rows, self._slot(first, ring), None, None)
-        # The last `ring` real tokens of each row; consecutive tokens never share a slot.
-        real = self.lengths.new_full((self.rows,), steps) if lengths is None else lengths
-        skipped = (real - ring).clamp(min=0)[:, None]
-        tokens = skipped + tokens
-        is_real = None if lengths is None else tokens < real[:, None]
-        return Slots(rows, self._slot(first + skipped, ring), tokens if steps > ring else None, is_real)
-
-    def _slot(self, tokens: Tensor, ring: int) -> Tensor:
-        return self.config.num_meta_tokens + tokens % ring
+        ring = self.max_length if window is None else window + 1
+        rows = torch.arange(self.rows, device=self.lengths.device)[:, None]
+        return Slots(rows, *ring_slots(self.lengths, lengths, steps, ring, self.config.num_meta_tokens))
 
     def write(self, layer: int, conv_state: Tensor, ssm_state: Tensor) -> None:
         """Store the layer's state after this call, unless the layer has done so itself."""
