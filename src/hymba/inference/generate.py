@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFILL_CHUNK = 512  # tokens of the prompt run at once: bounds the memory that a long prompt takes
+GPU_PREFILL_CHUNK = 8192  # on a GPU, which fewer would not fill
 
 
 def prefill_chunk(model: Hymba) -> int:
     """Return how many tokens of a prompt are run at once: twice as many where each chunk widens quantised weights."""
+    if model.device.type == "cuda":
+        return GPU_PREFILL_CHUNK
     return PREFILL_CHUNK if scheme_of(model) is None else 2 * PREFILL_CHUNK
 
 
