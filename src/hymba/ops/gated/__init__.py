@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.gated import native, reference
 
-IMPLEMENTATIONS = {"reference": reference.gated_silu, "cpu": reference.gated_silu, "native": native.gated_silu}
+IMPLEMENTATIONS = {
+    "reference": reference.gated_silu,
+    "cpu": reference.gated_silu,
+    "native": native.gated_silu,
+    "triton": gpu.deferred("hymba.ops.gated.triton", "gated_silu"),
+}
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
