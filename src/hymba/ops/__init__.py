@@ -7,7 +7,7 @@ from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.draw import draw_tokens
 from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
-from hymba.ops.rms_norm import mean_of_norms, rms_norm
+from hymba.ops.rms_norm import mean_of_norms, norm_parts, rms_norm
 from hymba.ops.rotary import apply_rotary, rotary_tables
 from hymba.ops.selective_scan import selective_scan
 
@@ -20,6 +20,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mean_of_norms",
+    "norm_parts",
     "rms_norm",
     "rotary_tables",
     "selective_scan",

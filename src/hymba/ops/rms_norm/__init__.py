@@ -1,14 +1,26 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), alone and as the mean of two."""
+"""Root-mean-square normalisation (arXiv 1910.07467): alone, as the mean of two, and of the parts of one tensor."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.rms_norm import native, reference
 
-IMPLEMENTATIONS = {"reference": reference.rms_norm, "cpu": reference.rms_norm, "native": native.rms_norm}
-MEANS = {"reference": reference.mean_of_norms, "cpu": reference.mean_of_norms, "native": native.mean_of_norms}
+_TRITON = "hymba.ops.rms_norm.triton"
+IMPLEMENTATIONS = {
+    "reference": reference.rms_norm,
+    "cpu": reference.rms_norm,
+    "native": native.rms_norm,
+    "triton": gpu.deferred(_TRITON, "rms_norm"),
+}
+MEANS = {
+    "reference": reference.mean_of_norms,
+    "cpu": reference.mean_of_norms,
+    "native": native.mean_of_norms,
+    "triton": gpu.deferred(_TRITON, "mean_of_norms"),
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,4 +54,31 @@ def mean_of_norms(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, eps:
     return choose(MEANS, x)(x, y, x_weight, y_weight, eps)
 
 
-__all__ = ["IMPLEMENTATIONS", "MEANS", "mean_of_norms", "rms_norm"]
+def norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
+    """Norm adjacent parts of the last axis, each by itself, as Hymba does Mamba's δ, B and C.
+
+    Args:
+        x: (..., sum of widths).
+        weights: (width,) each, of one dtype: a part is as wide as its weight.
+        eps: added to each mean square.
+
+    Returns:
+        For each part (..., width), what :func:`rms_norm` makes of it.
+    """
+    return choose(PARTS, x)(x, weights, eps)
+
+
+def _norm_each(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
+    """Norm each part by the implementation in force."""
+    norm = choose(IMPLEMENTATIONS, x)
+    parts = x.split([len(weight) for weight in weights], dim=-1)
+    return tuple(norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True))
+
+
+PARTS = {
+    "reference": reference.norm_parts,
+    "cpu": _norm_each,
+    "triton": gpu.deferred(_TRITON, "norm_parts"),
+}
+
+__all__ = ["IMPLEMENTATIONS", "MEANS", "PARTS", "mean_of_norms", "norm_parts", "rms_norm"]

@@ -18,6 +18,12 @@ def mean_of_norms(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, eps:
     return ((_weighed(x, x_weight, eps) + _weighed(y, y_weight, eps)) / 2).to(result_dtype(x, x_weight))
 
 
+def norm_parts(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
+    """Definition of :func:`hymba.ops.rms_norm.norm_parts`, same signature."""
+    parts = x.split([len(weight) for weight in weights], dim=-1)
+    return tuple(rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True))
+
+
 def _weighed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(accumulate_dtype(x))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
