@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.rotary import native, reference
 from hymba.ops.rotary.tables import ntk_base, rotary_tables
 
-IMPLEMENTATIONS = {"reference": reference.apply_rotary, "cpu": reference.apply_rotary, "native": native.apply_rotary}
+IMPLEMENTATIONS = {
+    "reference": reference.apply_rotary,
+    "cpu": reference.apply_rotary,
+    "native": native.apply_rotary,
+    "triton": gpu.deferred("hymba.ops.rotary.triton", "apply_rotary"),
+}
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
