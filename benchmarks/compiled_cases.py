@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hymba.ops import probe
+from hymba.ops.gated.triton import gated_silu
 from hymba.ops.ring.triton import ring_positions, ring_slots
+from hymba.ops.rms_norm.triton import mean_of_norms, norm_parts, rms_norm
+from hymba.ops.rotary.triton import apply_rotary
+
+SIZES = ((1, 1), (2, 2048))  # rows and steps: of decoding, of training
 
 
 def _probe() -> None:
@@ -24,4 +30,48 @@ def _ring() -> None:
     ring_slots(lengths, lengths, 8, 1025, 128)
 
 
-CASES: dict[str, Callable[[], None]] = {"probe": _probe, "ring": _ring}
+def _gated() -> None:
+    for rows, steps in SIZES:
+        both = _narrow(rows, steps, 2 * 5504)
+        _forward_and_backward(gated_silu, *both.chunk(2, dim=-1))
+
+
+def _norms() -> None:
+    for rows, steps in SIZES:
+        weight, wide_weight = _narrow(1600), _narrow(3200)
+        _forward_and_backward(rms_norm, _narrow(rows, steps, 1600), weight, 1e-6)
+        branches = _narrow(rows, steps, 3200), _narrow(rows, steps, 3200)
+        _forward_and_backward(mean_of_norms, *branches, wide_weight, wide_weight, 1e-6)
+        parts = _narrow(100), _narrow(16), _narrow(16)
+        _forward_and_backward(lambda x, *w: norm_parts(x, w, 1e-6), _narrow(rows, steps, 132), *parts)
+
+
+def _rotary() -> None:
+    for rows, steps in SIZES:
+        tables = [_narrow(rows, steps, 32).detach() for _ in range(2)]
+        for start, heads in ((0, 25), (1600, 5)):
+            x = _narrow(rows, steps, 8960)[..., start : start + heads * 64].unflatten(-1, (heads, 64))
+            _forward_and_backward(apply_rotary, x, *tables)
+
+
+def _narrow(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def _forward_and_backward(op: Callable, *arguments: object) -> None:
+    """Call an op without and with gradients, and back."""
+    with torch.no_grad():
+        op(*arguments)
+    out = op(*arguments)
+    torch.autograd.backward(
+        out, [torch.empty_like(x) for x in out] if isinstance(out, tuple) else torch.empty_like(out)
+    )
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "probe": _probe,
+    "gated": _gated,
+    "ring": _ring,
+    "rms_norm": _norms,
+    "rotary": _rotary,
+}
