@@ -24,7 +24,7 @@ from hymba.ops.gated import gated_silu
 from hymba.ops.graph import side_by_side
 from hymba.ops.linear import linear
 from hymba.ops.precision import accumulate_dtype
-from hymba.ops.rms_norm import mean_of_norms, rms_norm
+from hymba.ops.rms_norm import mean_of_norms, norm_parts, rms_norm
 from hymba.ops.rotary import apply_rotary
 from hymba.ops.selective_scan import selective_scan
 
@@ -299,13 +299,14 @@ class HybridMixer(nn.Module):
         """Return the Mamba branch (B, T, E) and the states it leaves (arXiv 2312.00752, with normed dt, B and C)."""
         c = self.config
         u, conv_state = self.conv(u, conv_state, in_place, call)
-        dt, B, C = self.x_proj(u).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
+        norms = self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
+        dt, B, C = norm_parts(self.x_proj(u), norms, c.rms_norm_eps)
         y, ssm_state = selective_scan(
             u,
-            self.dt_proj(self.dt_norm(dt)),
+            self.dt_proj(dt),
             self.A_log,
-            self.B_norm(B),
-            self.C_norm(C),
+            B,
+            C,
             self.D,
             dt_bias=self.dt_proj.bias,
             gate=gate,

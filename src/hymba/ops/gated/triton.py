@@ -38,7 +38,8 @@ class _Gate(torch.autograd.Function):
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)]
         (gate, gate_row), (up, up_row), (grad, grad_row) = map(native.as_rows, (gate, up, grad))
         grid, width = _grid(gate, up, grad)
-        _backward_kernel[grid](gate, up, grad, *grads, width, gate_row, up_row, grad_row, BLOCK=_BLOCK, num_warps=_WARPS)
+        apart = gate_row, up_row, grad_row
+        _backward_kernel[grid](gate, up, grad, *grads, width, *apart, BLOCK=_BLOCK, num_warps=_WARPS)
         return grads[0], grads[1]
 
 

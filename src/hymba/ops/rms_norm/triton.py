@@ -47,7 +47,7 @@ def mean_of_norms(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, eps:
 
 def _fits(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
     width = sum(weight.shape[0] for weight in weights if weight.ndim == 1)
-    if gpu.why_unfit(x) or x.shape[-1:] != (width,) or not 0 < x.numel() or width > _WIDEST:
+    if gpu.why_unfit(x) or x.shape[-1:] != (width,) or not x.numel() > 0 or width > _WIDEST:
         return False
     dtype = weights[0].dtype
     return all(w.ndim == 1 and w.is_contiguous() and w.dtype == dtype and w.dtype in _TYPES for w in weights)
@@ -86,7 +86,8 @@ class _Norms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *weights = ctx.saved_tensors
-        to_x, to_y = (None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, y))
+        to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        to_y = None if y is None else torch.empty_like(y, memory_format=torch.contiguous_format)
         to_weights = _backward(ctx.is_mean, ctx.eps, (x, y, weights), grads, (to_x, to_y))
         sums = (s.sum(0).to(weight.dtype) for s, weight in zip(to_weights, weights, strict=True))
         return None, None, None, to_x, to_y, *sums
