@@ -106,6 +106,15 @@ def test_rows_beyond_those_that_run_stand_still(model: Hymba, running: int, run:
         assert torch.equal(now.conv_state, was.conv_state)
 
 
+def test_warming_up_leaves_no_trace(model: Hymba) -> None:
+    warmed, fresh = (Runner(model, 2, 12) for _ in range(2))
+    warmed._pool = object()  # as on a GPU
+    warmed.warm()
+    assert set(warmed._steps) == {(1, 1)}
+    assert torch.equal(warmed.prefill(0, 0, [5, 6, 7]), fresh.prefill(0, 0, [5, 6, 7]))
+    torch.testing.assert_close(warmed.decode([8], 3), fresh.decode([8], 3), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4, "repetition_penalty": 1.3}])
 def test_running_ahead_of_what_is_read_changes_nothing(model: Hymba, options: dict[str, Any]) -> None:
     params = SamplingParams(max_new_tokens=9, ignore_eos=True, **options)

@@ -30,6 +30,7 @@ def info(
     """Tell a model's size, shape and cache, and what runs it here and why."""
     from hymba.inference import find_model, parse_device
     from hymba.model import HymbaConfig
+    from hymba.ops.backend import missing
 
     directory = find_model(model, weights=False)
     config = HymbaConfig.from_directory(directory)
@@ -40,6 +41,7 @@ def info(
         "cache": _describe_cache(config),
         "device": (place := parse_device(device).type),
         "ops": [_describe_op(name, place) for name in OPS],
+        "missing": missing(),
     }
     if as_json:
         typer.echo(json.dumps(told, indent=2))
@@ -178,4 +180,8 @@ def _ops_table(told: dict[str, Any]) -> Table:
     )
     for op in told["ops"]:
         table.add_row(op["op"], f"[bold]{op['in_use']}[/]", op["why"], ", ".join(op["others"]))
+    table.caption, table.caption_justify = (
+        "\n".join(f"Not here: {name}, because {reason}." for name, reason in told["missing"].items()) or None,
+        "left",
+    )
     return table

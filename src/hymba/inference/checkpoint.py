@@ -140,7 +140,8 @@ def parse_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise HymbaError(f"no device {name!r} here: use auto, cpu or cuda") from error
+        seen = "" if torch.cuda.is_available() else f", since torch {torch.__version__} sees no GPU"
+        raise HymbaError(f"no device {name!r} here{seen}: use auto, cpu or cuda") from error
 
 
 def write_model(model: Hymba, source: Path, target: Path, max_shard_size: str = "5GB") -> None:

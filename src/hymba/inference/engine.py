@@ -105,7 +105,8 @@ class Engine:
             self._lock.notify()
 
     def start(self) -> None:
-        """Run in a thread of its own from now on."""
+        """Run in a thread of its own from now on. On a GPU this waits until the kernels are compiled."""
+        self._runner.warm()
         self._thread = threading.Thread(target=self._loop, name="hymba-engine", daemon=True)
         self._thread.start()
 

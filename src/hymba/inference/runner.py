@@ -13,6 +13,7 @@ from hymba.model.rows import Snapshot, Undo, clear_row, copy_row, restore_row, s
 
 DRAFTED = 8  # tokens of a row in a step that checks drafts
 BUCKET = 8  # on a GPU, rows of a step are rounded up to a multiple of this, or to 1, 2 or 4: each is a graph to capture
+WARM = 256  # tokens of the prompt that has the kernels compiled
 
 
 class Runner:
@@ -29,6 +30,16 @@ class Runner:
             self._prefix = model.prefix()
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cache.lengths.is_cuda else None
+
+    def warm(self) -> None:
+        """On a GPU, run a prompt and some steps, so that no text waits while kernels are compiled. No row may be used."""
+        room = min(WARM, self.cache.max_length - 3)
+        if self._pool is None or room < 1:
+            return
+        self.prefill(0, 0, [0] * room)
+        for held in range(room, room + 3):  # plainly, captured, replayed
+            self.decode([0], held)
+        self.clear(0)
 
     @torch.no_grad()
     def prefill(self, row: int, held: int, tokens: Items[int], every: bool = False) -> Tensor:

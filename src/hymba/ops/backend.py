@@ -60,6 +60,11 @@ def usable(implementations: Mapping[str, Callable]) -> list[str]:
     return [name for name in implementations if not _why_not(name)]
 
 
+def missing() -> dict[str, str]:
+    """Return why each of the backends that cannot run on this machine cannot, in a line."""
+    return {name: reason for name in _WHY_NOT if (reason := _why_not(name))}
+
+
 def explain(implementations: Mapping[str, Callable], device_type: str) -> str:
     """Return in a few words why :func:`selected` chooses as it does on a device type."""
     name, forced = selected(implementations, device_type), _forced.get() or os.environ.get("HYMBA_BACKEND")
