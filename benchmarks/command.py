@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,10 +49,11 @@ Out = Annotated[
 ]
 
 
-def main(command: Callable[..., None]) -> None:
-    """Run one benchmark's command line; what goes wrong becomes a line on stderr and an exit code."""
+def main(*commands: Callable[..., None]) -> None:
+    """Run the command line of one benchmark, or of several by name; what goes wrong becomes a line on stderr."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
+    for command in commands:
+        app.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
     try:
         app()
     except HymbaError as error:
@@ -99,13 +101,22 @@ def finish(
         result: the numbers, at the top of the object.
         lines: what people read.
     """
-    from benchmarks.machine import describe
-
     if native.library() is None:
         typer.secho(f"warning: measured without C++ kernels: {native.why_not()}", fg="yellow", err=True)
     for line in lines:
         typer.echo(line)
-    record = {
+    record = new_record(name, settings, result)
+    if out is not None:
+        typer.echo(f"written to {write_record(record, out)}", err=True)
+    if as_json:
+        typer.echo(json.dumps(record))
+
+
+def new_record(name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with what belongs to it: its name and settings, the command, date, commit and machine."""
+    from benchmarks.machine import describe
+
+    return {
         "name": name,
         **result,
         "settings": dict(settings),
@@ -114,14 +125,15 @@ def finish(
         "commit": commit(),
         "machine": describe(),
     }
-    if out is not None:
-        path = out / record["machine"]["device"] / f"{record['date'][:10]}-{record['commit']}-{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"written to {path}", err=True)
-    if as_json:
-        typer.echo(json.dumps(record))
+
+
+def write_record(record: Mapping[str, Any], out: Path) -> Path:
+    """Write a result to `out`/<device>/<date>-<commit>-<name>.json and return the path."""
+    path = out / record["machine"]["device"] / f"{record['date'][:10]}-{record['commit']}-{record['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 def _command() -> str:
@@ -137,7 +149,12 @@ def _command() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the code that runs, marked if it holds changes not committed."""
+    """Return the commit of the code that runs, marked if it holds changes not committed.
+
+    HYMBA_COMMIT in the environment names it where the sources are a copy without their history.
+    """
+    if named := os.environ.get("HYMBA_COMMIT"):
+        return named[:8]
     changed = "-dirty" if _git("status", "--porcelain", "--", "src", "benchmarks/*.py") else ""
     return (_git("rev-parse", "--short=8", "HEAD") or "unknown") + changed
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import Json, Out, Threads, bar, finish, main, use_threads
+from hymba import __version__
 from hymba.ops import native
 
 READ_BYTES = 2 << 30  # far more than any cache holds
@@ -103,7 +104,8 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "hymba")},
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+            "hymba": __version__,  # whether installed or run from its sources
         },
     }
 

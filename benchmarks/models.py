@@ -15,10 +15,10 @@ from hymba.ops.attention import Heads, QuantizedHeads
 SEED = 0
 
 
-def random_model(size: str, weights: Weights = Weights.bf16) -> Hymba:
+def random_model(size: str, weights: Weights = Weights.bf16, device: torch.device | str = "cpu") -> Hymba:
     """Return a named size with random weights, the same in every run."""
     config = HymbaConfig.named(size)
-    model = skeleton(config).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
+    model = skeleton(config).to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
     init_weights(model, SEED)
     return model if weights is Weights.bf16 else quantize(model, int(weights.removeprefix("int")))
 

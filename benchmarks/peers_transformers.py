@@ -1,8 +1,8 @@
 """Other models in transformers, with random weights: the process that `benchmarks.peers` measures.
 
-The numbers are those of the released config.json files: meta-llama/Llama-3.2-1B and -3B, tiiuae/Falcon-H1-1.5B-Base
-(sizes also in arXiv 2507.22448), state-spaces/mamba-1.4b-hf. Multipliers of Falcon-H1 are left at one: they change no
-time.
+The numbers are those of the released config.json files: meta-llama/Llama-3.2-1B and -3B, HuggingFaceTB/SmolLM2-1.7B,
+Qwen/Qwen2.5-1.5B, tiiuae/Falcon-H1-1.5B-Base (sizes also in arXiv 2507.22448), state-spaces/mamba-1.4b-hf. Multipliers
+of Falcon-H1 are left at one: they change no time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconH1Config, LlamaConfig, MambaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, FalconH1Config, LlamaConfig, MambaConfig, PreTrainedModel, Qwen2Config
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
@@ -60,11 +60,39 @@ _FALCON = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e11},
     "tie_word_embeddings": False,
 }
+_SMOLLM = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 130000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
 _MAMBA = {"vocab_size": 50280, "hidden_size": 2048, "num_hidden_layers": 48, "state_size": 16}
 
 CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama-3.2-1b": (LlamaConfig, _LLAMA | _LLAMA_1B),
     "llama-3.2-3b": (LlamaConfig, _LLAMA | _LLAMA_3B),
+    "smollm2-1.7b": (LlamaConfig, _SMOLLM),
+    "qwen2.5-1.5b": (Qwen2Config, _QWEN),
     "falcon-h1-1.5b": (FalconH1Config, _FALCON),
     "mamba-1.4b": (MambaConfig, _MAMBA),
 }
@@ -72,13 +100,13 @@ _TOY = {"num_hidden_layers": 2, "vocab_size": 1024, "bos_token_id": 1, "eos_toke
 BLOCK = 1 << 20  # entries drawn; they are repeated to fill a matrix
 
 
-def build(name: str, toy: bool) -> PreTrainedModel:
+def build(name: str, toy: bool, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Return a model in bfloat16, its matrices filled with one random block over and over."""
     kind, values = CONFIGS[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with no_init_weights():
+        with no_init_weights(), torch.device(device):
             options = {} if kind is MambaConfig else {"attn_implementation": "sdpa"}
             model = AutoModelForCausalLM.from_config(kind(**values | (_TOY if toy else {})), **options)
     finally:

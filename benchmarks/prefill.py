@@ -132,12 +132,12 @@ def prompt_flops(config: HymbaConfig, length: int) -> float:
         c.hidden_size + c.dt_rank + 2 * c.d_state + c.dt_rank
     )
     matrices = c.num_hidden_layers * shared + len(owners) * c.hidden_size * keys_values
-    pairs = sum(_visible_pairs(length, c.num_meta_tokens, c.window(layer)) for layer in range(c.num_hidden_layers))
+    pairs = sum(visible_pairs(length, c.num_meta_tokens, c.window(layer)) for layer in range(c.num_hidden_layers))
     attention = pairs * c.num_attention_heads * (c.head_dim + c.v_head_dim)
     return 2 * (length * matrices + c.hidden_size * c.vocab_size + attention)
 
 
-def _visible_pairs(length: int, meta: int, window: int | None) -> int:
+def visible_pairs(length: int, meta: int, window: int | None) -> int:
     """Return how many keys `length` text tokens see together in one layer: meta tokens, and W + 1 or all text."""
     seen = length if window is None else min(length, window + 1)
     return length * meta + seen * (seen + 1) // 2 + (length - seen) * seen

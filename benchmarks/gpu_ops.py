@@ -1,0 +1,314 @@
+"""Every op on the GPU, in its implementations and beside other libraries where they are installed.
+
+Bytes are those that must be read or written at least, operations those of products; a share is of what the device was
+measured to do in the same run. Inputs are several sets, read in turn, that together are larger than the cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_attention import attentions
+from benchmarks.gpu_case import Case, Set, implementations
+from benchmarks.gpu_timing import Part, random, sets_for, shares, time_calls
+from hymba.model import HymbaConfig
+from hymba.ops.backend import usable
+from hymba.ops.linear import round_to_int4, round_to_int8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases are: those of Hymba-1.5B, or toy ones that a CPU can run."""
+
+    config: HymbaConfig
+    toy: bool
+
+    def of(self, real: int, toy: int) -> int:
+        """Return one of the two."""
+        return toy if self.toy else real
+
+
+def measure_ops(part: Part, only: str | None, toy: bool) -> None:
+    """Measure all ops, or those whose name holds `only`."""
+    sizes = Sizes(HymbaConfig.named("tiny" if toy else "1.5b"), toy)
+
+    def items() -> Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]:
+        for make in CASES:
+            for case in make(sizes):
+                if only is None or only in case.op:
+                    yield f"{case.op}: {case.size}", lambda case=case: measure_case(case, part)  # type: ignore[misc]
+
+    part.measure(items(), least=3)
+
+
+def measure_case(case: Case, part: Part) -> dict[str, Any]:
+    """Time every implementation of one case; an implementation that fails says why in place of a time."""
+    count = sets_for(case.bytes)
+    sets = [case.make() for _ in range(count)]
+    found: dict[str, Any] = {"op": case.op, "size": case.size, "bytes": case.bytes, "flops": case.flops, "sets": count}
+    times: dict[str, Any] = {}
+    for name, function in _runnable(case).items():
+        quiet = torch.enable_grad() if case.gradients else torch.no_grad()
+        try:
+            with quiet:
+                calls = [_bind(case, one, function) for one in sets]
+                times[name] = time_calls(calls, graph=not case.gradients)
+        except torch.cuda.OutOfMemoryError:
+            times[name] = {"failed": "out of memory"}
+    found["ms"] = times
+    found |= {"peers": _peers(case, sets)} if case.peers else {}
+    ours = times.get("triton") or times.get("cpu") or {}
+    if "median" in ours:
+        found |= shares(case.bytes, case.flops, ours["median"], part.ceilings)
+        beside = times.get("cpu", {}).get("median")
+        found["speedup"] = round(beside / ours["median"], 2) if beside and "triton" in times else None
+    return found
+
+
+def _runnable(case: Case) -> dict[str, Callable[..., Any]]:
+    names = usable(case.implementations)
+    same = {case.implementations[name] for name in names if name == "cpu"}
+    kept = {n: f for n, f in case.implementations.items() if n in names and n not in (*case.skipped, "native")}
+    return {n: f for n, f in kept.items() if not (n == "reference" and f in same)}
+
+
+def _bind(case: Case, one: Set, function: Callable[..., Any]) -> Callable[[], Any]:
+    prepared = case.prepare(function, one) if case.prepare else None
+    return lambda: case.run(function, one) if prepared is None else prepared()
+
+
+def _peers(case: Case, sets: list[Set]) -> dict[str, Any]:
+    """Time other libraries; one that is not installed says so."""
+    found: dict[str, Any] = {}
+    for name, load in case.peers.items():
+        try:
+            function = load()
+        except ImportError:
+            found[name] = "not installed"
+            continue
+        try:
+            with torch.enable_grad() if case.gradients else torch.no_grad():
+                calls = [lambda one=one: function(one) for one in sets]  # type: ignore[misc]
+                found[name] = time_calls(calls, graph=not case.gradients)
+        except Exception as error:
+            found[name] = f"failed: {str(error).splitlines()[0][:200]}"
+    return found
+
+
+def _scan_set(s: Sizes, rows: int, steps: int, grad: bool) -> Set:
+    c = s.config
+    u, dt, gate = (random(rows, steps, c.d_inner, grad=grad) for _ in range(3))
+    B, C = (random(rows, steps, c.d_state, grad=grad) for _ in range(2))
+    place = u.device
+    A_log = torch.arange(1.0, c.d_state + 1, device=place).log().repeat(c.d_inner, 1).requires_grad_(grad)
+    D = torch.ones(c.d_inner, device=place).requires_grad_(grad)
+    bias = torch.full((c.d_inner,), -4.0, device=place).requires_grad_(grad)
+    state = torch.zeros(rows, c.d_inner, c.d_state, device=place)
+    return {"inputs": (u, dt, A_log, B, C, D), "bias": bias, "gate": gate, "state": state, "dy": random(*u.shape)}
+
+
+def _scan(f: Callable[..., Any], one: Set, state: bool = False) -> Tensor:
+    states = {"initial_state": one["state"], "final_state": one["state"]} if state else {}
+    return f(*one["inputs"], dt_bias=one["bias"], gate=one["gate"], **states)[0]
+
+
+def _scans(s: Sizes) -> Iterator[Case]:
+    c, all_of = s.config, implementations("selective_scan")
+    width = 2 * c.d_inner
+    long, longest = s.of(4096, 64), s.of(16384, 128)
+    for rows, steps in ((8, long), (1, longest), (1, s.of(2048, 32))):
+        size, moved = f"{rows}×{steps}×{c.d_inner}×{c.d_state}", rows * steps * width
+        yield Case(
+            "selective_scan",
+            f"{size} forward",
+            all_of,
+            lambda rows=rows, steps=steps: _scan_set(s, rows, steps, False),
+            _scan,
+            4 * moved,
+            skipped=("reference",),
+            peers={"mamba-ssm": _mamba_scan},
+        )
+        if steps == longest:
+            continue
+        yield Case(
+            "selective_scan",
+            f"{size} backward",
+            all_of,
+            lambda rows=rows, steps=steps: _scan_set(s, rows, steps, True),
+            _scan,
+            7 * moved,  # reads u, δ, gate and the output's gradient, writes three gradients
+            skipped=("reference",),
+            prepare=_scan_backward,
+        )
+    for rows in (1, 8, s.of(128, 9)):
+        state = rows * c.d_inner * c.d_state * 4
+        yield Case(
+            "selective_scan",
+            f"{rows}×1×{c.d_inner}×{c.d_state} decode",
+            all_of,
+            lambda rows=rows: _scan_set(s, rows, 1, False),
+            lambda f, one: _scan(f, one, state=True),
+            2 * state + 4 * rows * width,
+        )
+
+
+def _scan_backward(f: Callable[..., Any], one: Set) -> Callable[[], Any]:
+    y, learnt = _scan(f, one), [*one["inputs"], one["bias"], one["gate"]]
+    return lambda: torch.autograd.grad(y, learnt, one["dy"], retain_graph=True)
+
+
+def _mamba_scan() -> Callable[[Set], Any]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore[import-not-found]
+
+    def run(one: Set) -> Any:
+        u, dt, A_log, B, C, D = one["inputs"]
+        u, dt, B, C, gate = (x.transpose(1, 2) for x in (u, dt, B, C, one["gate"]))
+        return selective_scan_fn(u, dt, -A_log.exp(), B, C, D, z=gate, delta_bias=one["bias"], delta_softplus=True)
+
+    return run
+
+
+def _convolutions(s: Sizes) -> Iterator[Case]:
+    c, all_of = s.config, implementations("causal_conv1d")
+    for rows, steps in ((8, s.of(4096, 32)), (1, s.of(2048, 16)), (1, 1), (s.of(128, 3), 1)):
+
+        def make(rows: int = rows, steps: int = steps) -> Set:
+            wide = random(rows, steps, 2 * c.d_inner)  # a view of in_proj's output, as in the model
+            state = random(rows, c.d_inner, c.d_conv - 1)
+            return {"x": (wide[..., : c.d_inner], random(c.d_inner, c.d_conv), random(c.d_inner)), "state": state}
+
+        def run(f: Callable[..., Any], one: Set) -> Any:
+            return f(*one["x"], initial_state=one["state"], final_state=one["state"])[0]
+
+        moved = 4 * rows * steps * c.d_inner + 4 * rows * c.d_inner * (c.d_conv - 1)
+        size = f"{rows}×{steps}×{c.d_inner}×{c.d_conv}"
+        peers = {"causal-conv1d": _dao_conv} if steps > 1 else {}
+        yield Case("causal_conv1d", size, all_of, make, run, moved, peers=peers)
+
+
+def _dao_conv() -> Callable[[Set], Any]:
+    from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]
+
+    def run(one: Set) -> Any:
+        u, weight, bias = one["x"]
+        return causal_conv1d_fn(u.transpose(1, 2), weight, bias, activation="silu")
+
+    return run
+
+
+def _elementwise(s: Sizes) -> Iterator[Case]:
+    """Norms, gates, rotary: one read and one write of what they work on."""
+    c = s.config
+    norms = importlib.import_module("hymba.ops.rms_norm")
+    for rows in (1, s.of(128, 4), s.of(32768, 16)):
+        yield Case(
+            "rms_norm",
+            f"{rows}×{c.hidden_size}",
+            norms.IMPLEMENTATIONS,
+            lambda rows=rows: {"x": (random(rows, c.hidden_size), random(c.hidden_size))},
+            lambda f, one: f(*one["x"], 1e-6),
+            4 * rows * c.hidden_size,
+        )
+        yield Case(
+            "mean_of_norms",
+            f"{rows}×{c.d_inner}",
+            norms.MEANS,
+            lambda rows=rows: {"x": [random(rows, c.d_inner) for _ in range(2)] + [random(c.d_inner)] * 2},
+            lambda f, one: f(*one["x"], 1e-6),
+            6 * rows * c.d_inner,
+        )
+        yield Case(
+            "gated_silu",
+            f"{rows}×{c.intermediate_size}",
+            implementations("gated"),
+            lambda rows=rows: {"x": [random(rows, c.intermediate_size) for _ in range(2)]},
+            lambda f, one: f(*one["x"]),
+            6 * rows * c.intermediate_size,
+        )
+
+        def angles(rows: int = rows) -> Set:
+            heads = random(1, rows, c.num_attention_heads, c.head_dim)
+            return {"x": (heads, random(1, rows, c.head_dim // 2), random(1, rows, c.head_dim // 2))}
+
+        moved = 4 * rows * c.num_attention_heads * c.head_dim + 2 * rows * c.head_dim
+        size = f"{rows}×{c.num_attention_heads}×{c.head_dim}"
+        yield Case("rotary", size, implementations("rotary"), angles, lambda f, one: f(*one["x"]), moved)
+
+
+def _products(s: Sizes) -> Iterator[Case]:
+    """Linear maps of few rows, in each kind of weight: the largest ones of a layer, and the head."""
+    c = s.config
+    owner = c.num_attention_heads * c.head_dim + c.num_key_value_heads * (c.head_dim + c.v_head_dim) + 2 * c.d_inner
+    shapes = {"in_proj": (c.hidden_size, owner), "down_proj": (c.intermediate_size, c.hidden_size)}
+    shapes |= {"head": (c.hidden_size, c.vocab_size)}
+    makers: Mapping[str, Callable[[Tensor], Any]] = {"bf16": lambda w: w, "int8": round_to_int8, "int4": round_to_int4}
+    for kind, make in makers.items():
+        for title, (inputs, outputs) in shapes.items():
+            if title == "head" and kind != "bf16":
+                continue
+            for rows in (1, 8, s.of(32, 9), s.of(128, 10)):
+                yield _product(f"{kind} {title}", make, rows, inputs, outputs)
+
+
+def _product(title: str, quantize: Callable[[Tensor], Any], rows: int, inputs: int, outputs: int) -> Case:
+    def make() -> Set:
+        return {"x": (random(rows, inputs), quantize(random(outputs, inputs)), None)}
+
+    width = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[title.split()[0]]
+    return Case(
+        "linear",
+        f"{title}, {rows} rows × {inputs} → {outputs}",
+        implementations("linear"),
+        make,
+        lambda f, one: f(*one["x"]),
+        int(width * inputs * outputs) + 2 * rows * (inputs + outputs),
+        2 * rows * inputs * outputs,
+        skipped=("reference",),
+    )
+
+
+def _losses(s: Sizes) -> Iterator[Case]:
+    c, rows = s.config, s.of(8192, 16)
+
+    def make() -> Set:
+        x, weight = random(rows, c.hidden_size, grad=True), random(c.vocab_size, c.hidden_size, grad=True)
+        return {"x": (x, weight, torch.randint(c.vocab_size, (rows,), device=x.device))}
+
+    def run(f: Callable[..., Any], one: Set) -> Any:
+        return torch.autograd.grad(f(*one["x"]), one["x"][:2])
+
+    size = f"{rows}×{c.hidden_size}→{c.vocab_size} forward and backward"
+    moved = 4 * (rows + c.vocab_size) * c.hidden_size
+    flops = 6 * rows * c.hidden_size * c.vocab_size
+    yield Case("cross_entropy", size, implementations("cross_entropy"), make, run, moved, flops, backward=True)
+
+
+def _draws(s: Sizes) -> Iterator[Case]:
+    for rows in (1, 8, s.of(128, 3)):
+
+        def make(rows: int = rows) -> Set:
+            logits = random(rows, s.config.vocab_size, dtype=torch.float32)
+            one = torch.ones(rows, dtype=torch.float64, device=logits.device)
+            top_k = torch.full((rows,), 50, device=logits.device)
+            return {"x": (logits, 0.8 * one, top_k, 0.95 * one, 0.02 * one, 0.5 * one)}
+
+        size = f"{rows}×{s.config.vocab_size}, top-k 50, top-p 0.95, min-p 0.02"
+        moved = 4 * rows * s.config.vocab_size
+        yield Case("draw", size, implementations("draw"), make, lambda f, one: f(*one["x"]), moved)
+
+
+CASES: tuple[Callable[[Sizes], Iterator[Case]], ...] = (
+    _scans,
+    attentions,
+    _products,
+    _convolutions,
+    _elementwise,
+    _losses,
+    _draws,
+)
