@@ -7,10 +7,14 @@ PROMPT ?= It was a cold morning, and
 BENCH := $(BIN)/python -m benchmarks
 RECORD := --out benchmarks/results
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results
+GPU_SECONDS ?= 510
+GPU := PYTHONPATH=src:. PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m benchmarks.gpu
 SANITIZED := HYMBA_KERNELS=$(CURDIR)/build/sanitized
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo browser test check lint quick sanitize format docs bench bench-report clean
+.PHONY: help setup demo browser test check lint quick sanitize format docs bench bench-report test-gpu bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -71,6 +75,12 @@ bench: setup  ## measure everything on this machine, an hour or more (LLAMA_PYTH
 
 bench-report: setup  ## write the tables and figures anew from benchmarks/results
 	$(BENCH).report
+
+test-gpu:  ## every test of an NVIDIA GPU, in nine minutes; GPU_PYTHON has torch and pytest, GPU_OUT takes the result
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(GPU) tests --seconds $(GPU_SECONDS) --out $(GPU_OUT)
+
+bench-gpu:  ## measure everything on an NVIDIA GPU, in nine minutes; neither needs .venv
+	$(GPU) all --seconds $(GPU_SECONDS) --out $(GPU_OUT)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -6,7 +6,6 @@ recorded as such. Without a GPU the same code runs at toy sizes, with --toy, whi
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -98,6 +97,27 @@ def training(
     part.finish(as_json)
 
 
+def suite(
+    chosen: Annotated[list[str] | None, typer.Argument(help="Test files; without any, all that belong here.")] = None,
+    seconds: Annotated[float, typer.Option(help="End after this many seconds.")] = 510,
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 12,
+    toy: Toy = False,
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Run the tests that belong on a GPU; record counts and failures."""
+    from benchmarks.gpu_suite import files, run_tests
+
+    found = chosen or files()
+    part = _part("tests", {"files": found}, seconds, toy, out, resume=False)
+    part.record |= run_tests(found, seconds, workers)
+    part.finish(as_json)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in part.record["counts"].items()) or "no test was told of"
+    typer.echo(f"{told}; {part.record['ended']} in {part.record['seconds']} s")
+    if not part.record["passed"]:
+        raise typer.Exit(1)
+
+
 def all_parts(
     seconds: Annotated[float, typer.Option(help="For everything together.")] = WHOLE, toy: Toy = False, out: Out = None
 ) -> None:
@@ -123,7 +143,7 @@ def _run_part(name: str, seconds: float, toy: bool, out: Path | None) -> None:
         words += ["--toy"] * toy + (["--out", str(out)] if out else []) + ["--resume"] * (start > 0)
         typer.secho(f"--- {name}, {left:.0f} s", bold=True)
         try:
-            ended = subprocess.run(words, cwd=ROOT, env=_environment(), timeout=left + GRACE, check=False)
+            ended = subprocess.run(words, cwd=ROOT, timeout=left + GRACE, check=False)
         except subprocess.TimeoutExpired:
             typer.secho(
                 f"{name}: ended after {left + GRACE:.0f} s; what was measured is written", fg="yellow", err=True
@@ -131,11 +151,6 @@ def _run_part(name: str, seconds: float, toy: bool, out: Path | None) -> None:
             return
         if ended.returncode != RESTART:
             return
-
-
-def _environment() -> dict[str, str]:
-    # Memory for caches of 100 GB beside what was freed before: segments that grow leave no gaps.
-    return os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
 
 
 def _part(name: str, asked: dict[str, Any], seconds: float, toy: bool, out: Path | None, resume: bool) -> Part:
@@ -152,7 +167,7 @@ def _part(name: str, asked: dict[str, Any], seconds: float, toy: bool, out: Path
     return Part(named, kept | ({"toy": True} if toy else {}), seconds, out and out.resolve(), resume)
 
 
-all_parts.__name__ = "all"
+suite.__name__, all_parts.__name__ = "tests", "all"
 
 if __name__ == "__main__":
-    main(ops, decode, prompts, paper, training, all_parts)
+    main(ops, decode, prompts, paper, training, suite, all_parts)

@@ -83,7 +83,8 @@ def _sdpa(one: Set) -> Tensor:
     extra = v.shape[-1] - k.shape[-1]
     if "padded" not in one:
         one["padded"] = (F.pad(q, (0, extra)), F.pad(k, (0, extra)), v)  # type: ignore[index]
-    return F.scaled_dot_product_attention(*one["padded"], enable_gqa=True)
+    q, k, v = one["padded"]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 def _flash_attn() -> Callable[[Set], Any]:
@@ -135,7 +136,8 @@ def _flash(s: Sizes, rows: int, steps: int, backward: bool) -> Case:
         return {"heads": (q, k, v), "dy": random(rows, c.num_attention_heads, steps, width)}
 
     def run(f: Callable[..., Any], one: Set) -> Any:
-        return F.scaled_dot_product_attention(*one["heads"], is_causal=True)
+        q, k, v = one["heads"]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def prepare(f: Callable[..., Any], one: Set) -> Callable[[], Any]:
         y = run(f, one)

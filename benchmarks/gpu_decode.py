@@ -183,6 +183,6 @@ def prompt(model: Hymba, length: int, whole: bool, part: Part) -> dict[str, Any]
         "tokens": length,
         "chunk": chunk,
         "tokens_per_second": round(length / seconds, 1),
-        "ms": round(seconds * 1e3, 3),
+        "prompt_ms": round(seconds * 1e3, 3),
         "share_of_matrix": round(flops / seconds / 1e12 / part.ceilings["matrix_tflops"], 3),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.gpu_attention import attentions
 from benchmarks.gpu_case import Case, Set, implementations
 from benchmarks.gpu_timing import Part, random, sets_for, shares, time_calls
 from hymba.model import HymbaConfig
+from hymba.ops import gpu
 from hymba.ops.backend import usable
 from hymba.ops.linear import round_to_int4, round_to_int8
 
@@ -42,7 +44,7 @@ def measure_ops(part: Part, only: str | None, toy: bool) -> None:
         for make in CASES:
             for case in make(sizes):
                 if only is None or only in case.op:
-                    yield f"{case.op}: {case.size}", lambda case=case: measure_case(case, part)  # type: ignore[misc]
+                    yield f"{case.op}: {case.size}", partial(measure_case, case, part)
 
     part.measure(items(), least=3)
 
@@ -59,20 +61,20 @@ def measure_case(case: Case, part: Part) -> dict[str, Any]:
             with quiet:
                 calls = [_bind(case, one, function) for one in sets]
                 times[name] = time_calls(calls, graph=not case.gradients)
-        except torch.cuda.OutOfMemoryError:
-            times[name] = {"failed": "out of memory"}
+        except Exception as error:
+            times[name] = f"failed: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
     found["ms"] = times
     found |= {"peers": _peers(case, sets)} if case.peers else {}
-    ours = times.get("triton") or times.get("cpu") or {}
-    if "median" in ours:
-        found |= shares(case.bytes, case.flops, ours["median"], part.ceilings)
-        beside = times.get("cpu", {}).get("median")
-        found["speedup"] = round(beside / ours["median"], 2) if beside and "triton" in times else None
+    medians = {name: x["median"] for name, x in times.items() if "median" in x}
+    ours, beside = medians.get("triton", medians.get("cpu")), medians.get("cpu")
+    if ours is not None:
+        found |= shares(case.bytes, case.flops, ours, part.ceilings)
+        found["speedup"] = round(beside / ours, 2) if beside and "triton" in medians else None
     return found
 
 
 def _runnable(case: Case) -> dict[str, Callable[..., Any]]:
-    names = usable(case.implementations)
+    names = [*usable(case.implementations)]
     same = {case.implementations[name] for name in names if name == "cpu"}
     kept = {n: f for n, f in case.implementations.items() if n in names and n not in (*case.skipped, "native")}
     return {n: f for n, f in kept.items() if not (n == "reference" and f in same)}
@@ -94,11 +96,19 @@ def _peers(case: Case, sets: list[Set]) -> dict[str, Any]:
             continue
         try:
             with torch.enable_grad() if case.gradients else torch.no_grad():
-                calls = [lambda one=one: function(one) for one in sets]  # type: ignore[misc]
+                calls = [partial(function, one) for one in sets]
                 found[name] = time_calls(calls, graph=not case.gradients)
         except Exception as error:
             found[name] = f"failed: {str(error).splitlines()[0][:200]}"
     return found
+
+
+def _drawn(*shapes: tuple[int, ...]) -> Set:
+    return {"x": [random(*shape) for shape in shapes]}
+
+
+def _call(f: Callable[..., Any], one: Set) -> Any:
+    return f(*one["x"])
 
 
 def _scan_set(s: Sizes, rows: int, steps: int, grad: bool) -> Set:
@@ -121,14 +131,14 @@ def _scan(f: Callable[..., Any], one: Set, state: bool = False) -> Tensor:
 def _scans(s: Sizes) -> Iterator[Case]:
     c, all_of = s.config, implementations("selective_scan")
     width = 2 * c.d_inner
-    long, longest = s.of(4096, 64), s.of(16384, 128)
-    for rows, steps in ((8, long), (1, longest), (1, s.of(2048, 32))):
+    long, longest = s.of(4096, 24), s.of(16384, 70)
+    for rows, steps in ((s.of(8, 2), long), (1, longest), (1, s.of(2048, 9))):
         size, moved = f"{rows}×{steps}×{c.d_inner}×{c.d_state}", rows * steps * width
         yield Case(
             "selective_scan",
             f"{size} forward",
-            all_of,
-            lambda rows=rows, steps=steps: _scan_set(s, rows, steps, False),
+            all_of | (_serial_scan(all_of) if steps == longest else {}),
+            partial(_scan_set, s, rows, steps, False),
             _scan,
             4 * moved,
             skipped=("reference",),
@@ -140,7 +150,7 @@ def _scans(s: Sizes) -> Iterator[Case]:
             "selective_scan",
             f"{size} backward",
             all_of,
-            lambda rows=rows, steps=steps: _scan_set(s, rows, steps, True),
+            partial(_scan_set, s, rows, steps, True),
             _scan,
             7 * moved,  # reads u, δ, gate and the output's gradient, writes three gradients
             skipped=("reference",),
@@ -152,10 +162,27 @@ def _scans(s: Sizes) -> Iterator[Case]:
             "selective_scan",
             f"{rows}×1×{c.d_inner}×{c.d_state} decode",
             all_of,
-            lambda rows=rows: _scan_set(s, rows, 1, False),
-            lambda f, one: _scan(f, one, state=True),
+            partial(_scan_set, s, rows, 1, False),
+            partial(_scan, state=True),
             2 * state + 4 * rows * width,
         )
+
+
+def _serial_scan(all_of: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Return the Triton scan with all of time in one segment, under a name of its own."""
+    if "triton" not in all_of or gpu.why_not():
+        return {}
+
+    def run(u: Tensor, *inputs: Any, **options: Any) -> Any:
+        module: Any = importlib.import_module("hymba.ops.selective_scan.triton")
+        before = module.tiles
+        module.tiles = lambda rows, steps, width: (*before(rows, steps, width)[:2], -(-steps // 64) * 64)
+        try:
+            return all_of["triton"](u, *inputs, **options)
+        finally:
+            module.tiles = before
+
+    return {"triton, serial in time": run}
 
 
 def _scan_backward(f: Callable[..., Any], one: Set) -> Callable[[], Any]:
@@ -211,7 +238,7 @@ def _elementwise(s: Sizes) -> Iterator[Case]:
             "rms_norm",
             f"{rows}×{c.hidden_size}",
             norms.IMPLEMENTATIONS,
-            lambda rows=rows: {"x": (random(rows, c.hidden_size), random(c.hidden_size))},
+            partial(_drawn, (rows, c.hidden_size), (c.hidden_size,)),
             lambda f, one: f(*one["x"], 1e-6),
             4 * rows * c.hidden_size,
         )
@@ -219,7 +246,7 @@ def _elementwise(s: Sizes) -> Iterator[Case]:
             "mean_of_norms",
             f"{rows}×{c.d_inner}",
             norms.MEANS,
-            lambda rows=rows: {"x": [random(rows, c.d_inner) for _ in range(2)] + [random(c.d_inner)] * 2},
+            partial(_drawn, *[(rows, c.d_inner)] * 2, *[(c.d_inner,)] * 2),
             lambda f, one: f(*one["x"], 1e-6),
             6 * rows * c.d_inner,
         )
@@ -227,18 +254,15 @@ def _elementwise(s: Sizes) -> Iterator[Case]:
             "gated_silu",
             f"{rows}×{c.intermediate_size}",
             implementations("gated"),
-            lambda rows=rows: {"x": [random(rows, c.intermediate_size) for _ in range(2)]},
-            lambda f, one: f(*one["x"]),
+            partial(_drawn, *[(rows, c.intermediate_size)] * 2),
+            _call,
             6 * rows * c.intermediate_size,
         )
 
-        def angles(rows: int = rows) -> Set:
-            heads = random(1, rows, c.num_attention_heads, c.head_dim)
-            return {"x": (heads, random(1, rows, c.head_dim // 2), random(1, rows, c.head_dim // 2))}
-
+        heads, angles = (1, rows, c.num_attention_heads, c.head_dim), (1, rows, c.head_dim // 2)
         moved = 4 * rows * c.num_attention_heads * c.head_dim + 2 * rows * c.head_dim
         size = f"{rows}×{c.num_attention_heads}×{c.head_dim}"
-        yield Case("rotary", size, implementations("rotary"), angles, lambda f, one: f(*one["x"]), moved)
+        yield Case("rotary", size, implementations("rotary"), partial(_drawn, heads, angles, angles), _call, moved)
 
 
 def _products(s: Sizes) -> Iterator[Case]:
@@ -266,7 +290,7 @@ def _product(title: str, quantize: Callable[[Tensor], Any], rows: int, inputs: i
         f"{title}, {rows} rows × {inputs} → {outputs}",
         implementations("linear"),
         make,
-        lambda f, one: f(*one["x"]),
+        _call,
         int(width * inputs * outputs) + 2 * rows * (inputs + outputs),
         2 * rows * inputs * outputs,
         skipped=("reference",),
@@ -300,7 +324,7 @@ def _draws(s: Sizes) -> Iterator[Case]:
 
         size = f"{rows}×{s.config.vocab_size}, top-k 50, top-p 0.95, min-p 0.02"
         moved = 4 * rows * s.config.vocab_size
-        yield Case("draw", size, implementations("draw"), make, lambda f, one: f(*one["x"]), moved)
+        yield Case("draw", size, implementations("draw"), make, _call, moved)
 
 
 CASES: tuple[Callable[[Sizes], Iterator[Case]], ...] = (

@@ -43,7 +43,7 @@ def sets_for(nbytes: int) -> int:
     return max(1, min(SETS, -(-L2_SHARE * cache // max(nbytes, 1))))
 
 
-def time_calls(calls: Sequence[Call], budget: float = 0.25, graph: bool = True) -> dict[str, Any]:
+def time_calls(calls: Sequence[Call], budget: float = 0.12, graph: bool = True) -> dict[str, Any]:
     """Time calls, each on inputs of its own, one after another; return the median and best milliseconds of one.
 
     On a GPU they are recorded as a CUDA graph and repeated, so that no Python is in between; what cannot be recorded is
@@ -119,7 +119,6 @@ def ceilings(toy: bool) -> dict[str, float]:
     source = torch.ones(count, dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
     copied = time_calls([lambda: target.copy_(source)] * 2, 0.1, graph=False)
-    del source, target
     a, b = (torch.randn(side, side, device=place).to(torch.bfloat16) for _ in range(2))
     multiplied = time_calls([lambda: a @ b] * passes, 0.1, graph=False)
     return {
@@ -183,14 +182,14 @@ class Part:
             if self.left > least:
                 found = _attempt(run)
             self.add(name, found, time.monotonic() - begun)
-            if "not_measured" in found and not _alive():
+            if not _alive():
                 typer.secho("the GPU answers no more: start again with --resume", fg="red", err=True)
                 sys.exit(RESTART)
 
     def add(self, name: str, found: Mapping[str, Any], spent: float) -> None:
         """Keep and tell one result."""
         self.record["items"].append({"item": name, **found, "spent_s": round(spent, 1)})
-        typer.echo(f"{spent:6.1f} s  {name}: {json.dumps(found)}")
+        typer.echo(f"{spent:6.1f} s  {name}: {_brief(found)}")
         self.write()
 
     def write(self) -> None:
@@ -207,6 +206,21 @@ class Part:
     def _held(self) -> Mapping[str, Any] | None:
         found = sorted((self.out or Path()).glob(f"{self.record['machine']['device']}/*-{self.record['name']}.json"))
         return json.loads(found[-1].read_text(encoding="utf-8")) if self.out is not None and found else None
+
+
+def _brief(found: Mapping[str, Any]) -> str:
+    """Return a result in one line: times by implementation, and all other numbers that were measured."""
+    words = []
+    for key, value in found.items():
+        if key in ("ms", "peers"):
+            words += [f"{name} {_time(x)}" for name, x in value.items()]
+        elif key not in ("op", "size", "sets", "bytes", "flops", "bytes_per_step", "weight_bytes"):
+            words.append(f"{key} {value}")
+    return ", ".join(words)
+
+
+def _time(found: Any) -> str:
+    return f"{found['median']} ms ({found['by']})" if "median" in found else str(found)
 
 
 def _attempt(run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -120,6 +120,7 @@ def build(name: str, toy: bool, device: torch.device | str = "cpu") -> PreTraine
 def _fill(model: nn.Module) -> None:
     """Fill matrices with normal numbers, vectors with ones, biases with zeros, and A_log so that states decay."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(SEED)).mul_(0.02).to(torch.bfloat16)
+    block = block.to(next(model.parameters()).device)
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             parameter.fill_(1.0)

@@ -6,12 +6,13 @@ from nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from benchmarks import tables
+from benchmarks import gpu_tables, tables
 from benchmarks.command import ROOT, main
 from benchmarks.figures import draw, figures, is_current
 from benchmarks.results import MISSING, RESULTS, devices
@@ -82,13 +83,17 @@ def stale_documents(results: Path = RESULTS, readme: Path = ROOT / "README.md") 
 
 def _overview(results: Path) -> str:
     """Return the README's table, of the device that was measured last, and a line on where it comes from."""
-    device, held = next(iter(devices(results).items()), ("", {}))
+    device, held = next(((name, held) for name, held in devices(results).items() if not _is_gpu(held)), ("", {}))
     if not held:
         return tables.overview({}) + f"\n\nNo machine: {MISSING}."
     machine = max(held.values(), key=lambda record: record["date"])["machine"]
     last = max(record["date"] for record in held.values())[:10]
     where = f"{machine['cpu']}, {machine['cores']} cores, kernels at level {machine['kernels']}; last measured {last}"
     return f"{tables.overview(held)}\n\n`{device}`: {where}."
+
+
+def _is_gpu(held: tables.Held) -> bool:
+    return any(name.startswith("gpu-") for name in held)
 
 
 def _page(results: Path) -> str:
@@ -102,13 +107,34 @@ def _page(results: Path) -> str:
     if not found:
         parts.append(f"No machine: {MISSING}.")
     for device, held in found.items():
-        machine = max(held.values(), key=lambda record: record["date"])["machine"]
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        parts += [f"## {device}", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {versions}."]
-        parts += [f"![{_CAPTIONS[name]}]({device}/{name}.svg)" for name, _, _ in figures(held)]
-        for title, make in _SECTIONS:
-            parts += [f"### {title}", make(held)]
+        parts += _gpu_part(device, held) if _is_gpu(held) else _cpu_part(device, held)
+    if not any(map(_is_gpu, found.values())):
+        parts += ["## NVIDIA GPU", "No result from a GPU yet. What is aimed at:", gpu_tables.targets({})]
     return "\n\n".join(parts) + "\n"
+
+
+def _cpu_part(device: str, held: tables.Held) -> list[str]:
+    machine = max(held.values(), key=lambda record: record["date"])["machine"]
+    parts = [f"## {device}"]
+    parts.append(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {_versions(machine)}.")
+    parts += [f"![{_CAPTIONS[name]}]({device}/{name}.svg)" for name, _, _ in figures(held)]
+    for title, make in _SECTIONS:
+        parts += [f"### {title}", make(held)]
+    return parts
+
+
+def _gpu_part(device: str, held: tables.Held) -> list[str]:
+    machine = max(held.values(), key=lambda record: record["date"])["machine"]
+    told = f"{machine.get('gpu', device)}, {machine.get('gpu_memory_gb', '–')} GB, capability "
+    told += f"{machine.get('capability', '–')}; kernels: {machine.get('triton_kernels', '–')}; {_versions(machine)}."
+    parts = [f"## {device}", told]
+    for title, make in gpu_tables.SECTIONS:
+        parts += [f"### {title}", make(held)]
+    return parts
+
+
+def _versions(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
 
 
 if __name__ == "__main__":

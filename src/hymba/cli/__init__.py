@@ -34,9 +34,9 @@ for command in (generate, chat, serve, batch, perplexity, info, pretrain, init, 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib import import_module
 
-        typer.echo(f"hymba {version('hymba')}")
+        typer.echo(f"hymba {import_module('hymba').__version__}")  # also where it runs from its sources
         raise typer.Exit
 
 
