@@ -137,7 +137,7 @@ def _scans(s: Sizes) -> Iterator[Case]:
         yield Case(
             "selective_scan",
             f"{size} forward",
-            all_of | (_serial_scan(all_of) if steps == longest else {}),
+            {**all_of, **(_serial_scan(all_of) if steps == longest else {})},
             partial(_scan_set, s, rows, steps, False),
             _scan,
             4 * moved,
