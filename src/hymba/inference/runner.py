@@ -32,7 +32,7 @@ class Runner:
         self._pool = torch.cuda.graph_pool_handle() if self.cache.lengths.is_cuda else None
 
     def warm(self) -> None:
-        """On a GPU, run a prompt and some steps: then no text waits while kernels are compiled. No row may be in use."""
+        """On a GPU, run a prompt and some steps: no text then waits while kernels are compiled. No row may be used."""
         room = min(WARM, self.cache.max_length - 3)
         if self._pool is None or room < 1:
             return
