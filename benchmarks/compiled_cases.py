@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba.ops import probe
+from hymba.ops.causal_conv1d.triton import causal_conv1d
 from hymba.ops.gated.triton import gated_silu
 from hymba.ops.ring.triton import ring_positions, ring_slots
 from hymba.ops.rms_norm.triton import mean_of_norms, norm_parts, rms_norm
@@ -28,6 +29,24 @@ def _ring() -> None:
     ring_positions(lengths, 1025, 1025, 128)
     ring_slots(lengths, None, 1, 1025, 128)
     ring_slots(lengths, lengths, 8, 1025, 128)
+
+
+def _conv() -> None:
+    weight, bias = _narrow(3200, 4), _narrow(3200)
+    for rows, steps in SIZES:
+        u = _narrow(rows, steps, 8960)[..., 2560:5760]
+        state, lengths = torch.zeros(rows, 3200, 3, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
+        with torch.no_grad():
+            causal_conv1d(u, weight, bias, initial_state=state, final_state=state)
+            causal_conv1d(u, weight, bias, initial_state=state, final_state=state, lengths=lengths)
+        for offsets in (None, torch.zeros(rows, steps, dtype=torch.int64)):
+            _forward_and_backward(
+                lambda *x, offsets=offsets: causal_conv1d(*x[:3], initial_state=x[3], document_offsets=offsets)[0],
+                *(u, weight, bias, _narrow(1, 3200, 3).expand(rows, -1, -1)),
+            )
+    for taps in (2, 3):
+        out, final = causal_conv1d(u, _narrow(3200, taps), bias, lengths=lengths)
+        torch.autograd.backward((out, final), (torch.empty_like(out), torch.empty_like(final)))
 
 
 def _gated() -> None:
@@ -70,6 +89,7 @@ def _forward_and_backward(op: Callable, *arguments: object) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "probe": _probe,
+    "causal_conv1d": _conv,
     "gated": _gated,
     "ring": _ring,
     "rms_norm": _norms,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.causal_conv1d import cpu, native, reference
 
@@ -11,6 +12,7 @@ IMPLEMENTATIONS = {
     "reference": reference.causal_conv1d,
     "cpu": cpu.causal_conv1d,
     "native": native.causal_conv1d,
+    "triton": gpu.deferred("hymba.ops.causal_conv1d.triton", "causal_conv1d"),
 }
 
 
