@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.selective_scan import cpu, native, reference
 
@@ -11,6 +12,7 @@ IMPLEMENTATIONS = {
     "reference": reference.selective_scan,
     "cpu": cpu.selective_scan,
     "native": native.selective_scan,
+    "triton": gpu.deferred("hymba.ops.selective_scan.triton", "selective_scan"),
 }
 
 
