@@ -73,6 +73,15 @@ def selective_scan(
     return y, final
 
 
+class Tiles(NamedTuple):
+    """How a scan is shared out among programs."""
+
+    channels: int  # of a program that walks forward, or a gradient alone
+    steps: int  # that it takes at a time
+    back: int  # channels of a program that finds gradients, `BLOCK` steps at a time
+    length: int  # steps of a segment, a multiple of `BLOCK`
+
+
 class Inputs(NamedTuple):
     """What the scan is given."""
 
@@ -121,14 +130,11 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, kept = ctx.saved_tensors
         x = Inputs(*inputs)
-        _, _, length = tiles(*x.u.shape)
-        found = triton_backward.gradients(x.prepared(wide=True), kept, grad_y, grad_final, length, BLOCK)
+        found = triton_backward.gradients(x.prepared(wide=True), kept, grad_y, grad_final, tiles(*x.u.shape), BLOCK)
         return *(v if v is None else v.to(own.dtype) for v, own in zip(found, x[:9], strict=True)), None, None
 
 
-def _forward(
-    x: Inputs, final_state: Tensor | None = None, keep: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(x: Inputs, final_state: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y, the final state, and the states (B, T / BLOCK, N, E) that enter each block if they are to be kept."""
     (rows, steps, width), states = x.u.shape, x.A_log.shape[1]
     y, final = torch.empty(x.u.shape, dtype=x.u.dtype, device=x.u.device), final_state
@@ -142,19 +148,18 @@ def _forward(
     return y, final if final_state is None or final is final_state else final_state.copy_(final), kept
 
 
-def tiles(rows: int, steps: int, width: int) -> tuple[int, int, int]:
-    """Return channels per program, steps per tile and steps per segment, a multiple of `BLOCK`, for the walks.
+def tiles(rows: int, steps: int, width: int) -> Tiles:
+    """Choose by the sizes.
 
-    Two channels to a thread, so that what is read of B and C serves twice; a tile that leaves room for three warps on
-    a scheduler. Segments cost a second walk: they pay where less than half the GPU would be busy, and there are then
+    Two channels to a thread, so that what is read of B and C serves twice; tiles that leave room for three warps on a
+    scheduler. Segments cost a second walk: they pay where less than half the GPU would be busy, and there are then
     as many as make four programs for each slot.
     """
     channels = 64 if width > 32 else 32
     programs = rows * -(-width // channels) * (channels // 32)
-    if 2 * programs > _SLOTS:
-        return channels, 8, -(-steps // BLOCK) * BLOCK
-    segments = max(1, 4 * _SLOTS // programs)
-    return channels, 8, max(64, -(-steps // (segments * BLOCK)) * BLOCK)
+    segments = max(1, 4 * _SLOTS // programs) if 2 * programs <= _SLOTS else 1
+    blocks = -(-steps // BLOCK)
+    return Tiles(channels, 8, 32, BLOCK * max(4, -(-blocks // segments)))
 
 
 def _launch_few(x: Inputs, y: Tensor, final: Tensor) -> None:
@@ -179,22 +184,22 @@ def _launch_few(x: Inputs, y: Tensor, final: Tensor) -> None:
 
 def _launch_scan(x: Inputs, y: Tensor, final: Tensor, keep: bool) -> Tensor | None:
     (rows, steps, width), states = x.u.shape, x.A_log.shape[1]
-    channels, tile, length = tiles(rows, steps, width)
-    segments = -(-steps // length)
+    cut = tiles(rows, steps, width)
+    segments = -(-steps // cut.length)
     constants: dict[str, Any] = {
         "states": states,
         "known": triton.next_power_of_2(states),
-        "channels": channels,
-        "tile": tile,
+        "channels": cut.channels,
+        "tile": cut.steps,
         "has_lengths": x.lengths is not None,
         "has_documents": x.document_offsets is not None,
         "has_initial": x.initial_state is not None,
         "num_warps": 1,
     }
-    grid = (-(-width // channels), segments, rows)
+    grid = (-(-width // cut.channels), segments, rows)
     start, strides, target = x.initial_state, state_strides(x.initial_state), final
     if segments > 1:
-        start, strides = _segment_starts(x, grid, length, constants)
+        start, strides = _segment_starts(x, grid, cut.length, constants)
         if x.document_offsets is not None:  # others may still read the initial state, which `final` may be
             target = torch.empty_like(final)
     kept = None
@@ -203,7 +208,7 @@ def _launch_scan(x: Inputs, y: Tensor, final: Tensor, keep: bool) -> Tensor | No
     _scan[grid](
         *(x.u, x.dt, x.gate, x.B, x.C, x.A_log, x.D, x.dt_bias, start, x.initial_state, x.lengths),
         *(x.document_offsets, y, target, kept, *step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate)),
-        *(*strides, *state_strides(x.initial_state), *state_strides(target), steps, width, length, 1),
+        *(*strides, *state_strides(x.initial_state), *state_strides(target), steps, width, cut.length, 1),
         **constants,
         block=BLOCK,
         has_gate=x.gate is not None,

@@ -20,9 +20,7 @@ def state_strides(x: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if x is None else (x.stride(0), 0, x.stride(1), x.stride(2))
 
 
-def segment_buffers(
-    rows: int, segments: int, states: int, width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def segment_buffers(rows: int, segments: int, states: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return memory for what segments leave, (B, S, N, E), and for their sums of step sizes, (B, S, E)."""
     ends = torch.empty(rows, segments, states, width, dtype=torch.float32, device=device)
     return ends, torch.empty(rows, segments, width, dtype=torch.float32, device=device)
