@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba.ops import probe
+from hymba.ops.attention import Mask, round_heads
 from hymba.ops.causal_conv1d.triton import causal_conv1d
 from hymba.ops.gated.triton import gated_silu
 from hymba.ops.ring.triton import ring_positions, ring_slots
@@ -87,10 +88,37 @@ def _forward_and_backward(op: Callable, *arguments: object) -> None:
     )
 
 
+@torch.no_grad()
+def _attention() -> None:
+    """Decoding in bfloat16, 8 bits and float32, and eight drafts checked, in a sliding layer of the whole buffer."""
+    from hymba.ops.attention import triton as kernels
+
+    positions = torch.zeros(2, 1153, dtype=torch.int64)
+    for dtype, steps, quantized in (
+        (torch.bfloat16, 1, False),
+        (torch.bfloat16, 1, True),
+        (torch.float32, 1, False),
+        (torch.bfloat16, 8, False),
+    ):
+        q, k, v = (
+            torch.zeros(2, n, heads, width, dtype=dtype)
+            for n, heads, width in ((steps, 25, 64), (1153, 5, 64), (1153, 5, 128))
+        )
+        keys, values = (round_heads(k), round_heads(v)) if quantized else (k, v)
+        mask: Mask = {
+            "query_positions": positions[:, :steps],
+            "key_positions": positions,
+            "window": 1024,
+            "num_meta": 128,
+        }
+        kernels.attention(q, keys, values, **mask)
+
+
 CASES: dict[str, Callable[[], None]] = {
-    "probe": _probe,
+    "attention": _attention,
     "causal_conv1d": _conv,
     "gated": _gated,
+    "probe": _probe,
     "ring": _ring,
     "rms_norm": _norms,
     "rotary": _rotary,

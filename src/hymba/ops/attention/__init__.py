@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.attention import cpu, native, reference
 from hymba.ops.attention.heads import Heads, QuantizedHeads, round_heads
 from hymba.ops.attention.reference import Mask, attention_weights, visible, weigh_values
@@ -15,6 +16,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.attention,
     "cpu": cpu.attention,
     "native": native.attention,
+    "triton": gpu.deferred("hymba.ops.attention.triton", "attention"),
 }
 
 
