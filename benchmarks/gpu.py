@@ -23,7 +23,7 @@ from hymba.errors import HymbaError
 PARTS = (("decode", 90), ("paper", 150), ("ops", 130), ("training", 80), ("prompts", 40))
 WHOLE = 510
 GRACE = 15  # seconds that a part may take beyond its limit, to end what it has begun
-MOST_STARTS = 4  # of one part, where the GPU stops answering
+MOST_STARTS = 6  # of one part, where a process can measure no more
 
 Toy = Annotated[bool, typer.Option("--toy", help="Toy sizes, also without a GPU: whether it runs, not how fast.")]
 Seconds = Annotated[float, typer.Option(help="Begin nothing new after this many seconds.")]

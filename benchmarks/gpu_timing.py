@@ -19,11 +19,11 @@ from benchmarks.command import new_record, write_record
 from benchmarks.machine import cpu_name, slug
 from hymba.ops import gpu
 
-RESTART = 75  # exit code: the GPU answers no more in this process, a new one may go on with --resume
+RESTART = 75  # exit code: this process can measure no more, a new one may go on with --resume
 COPY_BYTES = 2 << 30
 SQUARE = 8192  # side of the matrices multiplied
 L2_SHARE = 3  # sets of inputs together are this many times what the cache holds
-SETS = 32  # but no more than this
+SETS = 96  # but no more than this
 PASSES = 9
 LATE = "out of time"
 
@@ -66,12 +66,20 @@ def time_calls(calls: Sequence[Call], budget: float = 0.12, graph: bool = True) 
 
 
 def record_graph(calls: Sequence[Call]) -> Any:
-    """Return a CUDA graph of `calls`, which have run before."""
+    """Return a CUDA graph of `calls`, which have run before.
+
+    Raises:
+        RuntimeError: a call waits for the GPU on the way; nothing was recorded.
+    """
     before = torch.cuda.current_stream()
     aside = torch.cuda.Stream()
     aside.wait_stream(before)
-    with torch.cuda.stream(aside):
-        calls[0]()
+    torch.cuda.set_sync_debug_mode("error")  # a recording that fails leaves torch's memory in disorder: ask first
+    try:
+        with torch.cuda.stream(aside):
+            calls[0]()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     before.wait_stream(aside)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -79,9 +87,15 @@ def record_graph(calls: Sequence[Call]) -> Any:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for call in calls:
                 call()
+    except Exception:
+        _broken.append("a recording failed")
+        raise
     finally:
         torch.cuda.set_stream(before)  # where recording fails, torch leaves its own stream in force
     return graph
+
+
+_broken: list[str] = []  # why this process should measure nothing more
 
 
 def _repeat(run: Call, calls: int, budget: float, by: str) -> dict[str, Any]:
@@ -170,7 +184,7 @@ class Part:
         """Measure what is not there yet; of what fails, the reason is kept. Nothing begins with `least` seconds left.
 
         Raises:
-            SystemExit: the GPU answers no more; the code is ``RESTART``.
+            SystemExit: this process can measure no more; the code is ``RESTART``.
         """
         done = {item["item"] for item in self.record["items"] if item.get("not_measured") != LATE}
         self.record["items"] = [item for item in self.record["items"] if item["item"] in done]
@@ -183,7 +197,8 @@ class Part:
                 found = _attempt(run)
             self.add(name, found, time.monotonic() - begun)
             if not _alive():
-                typer.secho("the GPU answers no more: start again with --resume", fg="red", err=True)
+                why = _broken[0] if _broken else "the GPU answers no more"
+                typer.secho(f"{why}: a new process goes on with --resume", fg="yellow", err=True)
                 sys.exit(RESTART)
 
     def add(self, name: str, found: Mapping[str, Any], spent: float) -> None:
@@ -248,8 +263,8 @@ def release() -> None:
 
 
 def _alive() -> bool:
-    if not torch.cuda.is_available():
-        return True
+    if _broken or not torch.cuda.is_available():
+        return not _broken
     try:
         torch.cuda.synchronize()
         return float(torch.ones(2, device="cuda").sum()) == 2.0

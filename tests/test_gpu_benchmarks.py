@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_tables
+from benchmarks import gpu_tables, gpu_timing
 from benchmarks.gpu import PARTS, WHOLE
 from benchmarks.gpu_attention import attentions
 from benchmarks.gpu_ops import CASES, Sizes
@@ -75,6 +75,7 @@ def test_the_tests_of_the_gpu_pass_where_kernels_are_interpreted(tmp_path: Path)
     assert (found["failures"], found["passed"]) == ([], True)
 
 
+@pytest.mark.slow
 def test_tests_of_the_gpu_are_found_and_their_ends_are_told(tmp_path: Path) -> None:
     assert {"tests/gpu/test_gpu_model.py", "tests/gpu/test_gpu_training.py"} <= {*files()}
     (tmp_path / "test_mixed.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
@@ -88,6 +89,7 @@ def test_tests_of_the_gpu_are_found_and_their_ends_are_told(tmp_path: Path) -> N
     assert not found["passed"]
 
 
+@pytest.mark.slow
 def test_nothing_of_the_gpu_is_collected_without_one() -> None:
     if not torch.cuda.is_available():
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/gpu"]
@@ -133,6 +135,77 @@ def test_every_call_is_timed_and_sets_fill_more_than_a_cache() -> None:
     assert order == [0, 1, 2, 3] * (len(order) // 4)
     assert 0 < found["best"] <= found["median"]
     assert sets_for(1) >= 1
+
+
+class Recorded:
+    """A CUDA graph, a stream and an event, as far as the clocks use them."""
+
+    calls: list[str]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        self.calls.append("recording")
+
+    def __exit__(self, *raised: object) -> None:
+        self.calls.append("recorded")
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+
+    def elapsed_time(self, other: object) -> float:
+        return 6.0
+
+    def nothing(self, *arguments: object) -> None: ...
+
+    wait_stream = record = synchronize = nothing
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a GPU would be asked, without one."""
+    calls: list[str] = []
+    monkeypatch.setattr(Recorded, "calls", calls, raising=False)
+    monkeypatch.setattr(gpu_timing, "_broken", [])
+    for name in ("CUDAGraph", "Event", "Stream", "current_stream", "graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, Recorded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "set_stream", "set_sync_debug_mode", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, name=name: calls.append(f"{name} {arguments}"))
+    return calls
+
+
+def test_calls_are_recorded_as_a_graph_or_timed_one_by_one(pretended: list[str]) -> None:
+    found = time_calls([lambda: pretended.append("call")] * 3, budget=0.03)
+    assert found == {"median": 2.0, "best": 2.0, "by": "graph"}
+    assert pretended.count("replay") == 6
+    assert pretended[pretended.index("recording", 9) :].count("call") == 3
+    pretended.clear()
+    assert time_calls([lambda: pretended.append("call")] * 3, budget=0.03, graph=False)["by"] == "events"
+    assert "replay" not in pretended
+
+
+def test_what_waits_for_the_gpu_is_never_recorded(pretended: list[str]) -> None:
+    def call() -> None:
+        if pretended and pretended[-1] == "recording":
+            raise RuntimeError("called a synchronizing operation")
+
+    found = time_calls([call], budget=0.03)
+    assert (found["by"], found["no_graph"]) == ("events", "RuntimeError: called a synchronizing operation")
+    assert gpu_timing._broken == []
+    assert pretended.count("recording") == 1  # the trial aside
+    assert "set_sync_debug_mode ('default',)" in pretended
+
+
+def test_after_a_recording_that_failed_a_new_process_goes_on(pretended: list[str]) -> None:
+    def call() -> None:
+        if pretended.count("recording") == 2 and "failed" not in pretended:
+            pretended.append("failed")
+            raise RuntimeError("operation not permitted")
+
+    assert time_calls([call], budget=0.03)["by"] == "events"
+    assert not gpu_timing._alive()
 
 
 def test_rows_are_halved_where_memory_ends() -> None:
