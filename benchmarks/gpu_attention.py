@@ -72,7 +72,6 @@ def _decode(s: Sizes, rows: int, slots: int, window: int | None) -> Case:
         _attend,
         2 * rows * (slots * c.num_key_value_heads + c.num_attention_heads) * (c.head_dim + c.v_head_dim),
         2 * rows * slots * c.num_attention_heads * (c.head_dim + c.v_head_dim),
-        skipped=("reference",),
         peers={"sdpa": lambda: _sdpa, "flash-attn": _flash_attn},
     )
 
@@ -116,7 +115,6 @@ def _prompt(s: Sizes, rows: int, steps: int, window: int | None, backward: bool)
         _attend,
         2 * rows * steps * width,
         flops * 5 // 2 if backward else flops,  # the backward pass multiplies the pairs five times, not twice
-        skipped=("reference",),
         prepare=_backward if backward else None,
     )
 

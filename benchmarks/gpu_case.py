@@ -28,7 +28,6 @@ class Case:
     run: Run
     bytes: int
     flops: int = 0
-    skipped: tuple[str, ...] = ()
     prepare: Callable[[Callable[..., Any], Set], Callable[[], Any]] | None = None
     peers: Mapping[str, Callable[[], Callable[[Set], Any]]] = field(default_factory=dict)
     backward: bool = False

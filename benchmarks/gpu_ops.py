@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.gpu_attention import attentions
 from benchmarks.gpu_case import Case, Set, implementations
+from benchmarks.gpu_fused import KINDS, fused
 from benchmarks.gpu_timing import Part, random, sets_for, shares, time_calls
 from hymba.model import HymbaConfig
 from hymba.ops import gpu
-from hymba.ops.backend import usable
-from hymba.ops.linear import round_to_int4, round_to_int8
+from hymba.ops.backend import BACKENDS, usable, use_backend
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def measure_case(case: Case, part: Part) -> dict[str, Any]:
     for name, function in _runnable(case).items():
         quiet = torch.enable_grad() if case.gradients else torch.no_grad()
         try:
-            with quiet:
+            # Ops that are made of others choose them anew: the torch path is torch throughout.
+            with quiet, use_backend(name) if name in BACKENDS else nullcontext():
                 calls = [_bind(case, one, function) for one in sets]
                 times[name] = time_calls(calls, graph=not case.gradients)
         except Exception as error:
@@ -74,10 +76,9 @@ def measure_case(case: Case, part: Part) -> dict[str, Any]:
 
 
 def _runnable(case: Case) -> dict[str, Callable[..., Any]]:
-    names = [*usable(case.implementations)]
-    same = {case.implementations[name] for name in names if name == "cpu"}
-    kept = {n: f for n, f in case.implementations.items() if n in names and n not in (*case.skipped, "native")}
-    return {n: f for n, f in kept.items() if not (n == "reference" and f in same)}
+    """Return what is measured: all that can run but C++, and the reference only where it is all there is."""
+    left_out = {"native", *(("reference",) if "cpu" in case.implementations else ())}
+    return {name: case.implementations[name] for name in usable(case.implementations) if name not in left_out}
 
 
 def _bind(case: Case, one: Set, function: Callable[..., Any]) -> Callable[[], Any]:
@@ -141,7 +142,6 @@ def _scans(s: Sizes) -> Iterator[Case]:
             partial(_scan_set, s, rows, steps, False),
             _scan,
             4 * moved,
-            skipped=("reference",),
             peers={"mamba-ssm": _mamba_scan},
         )
         if steps == longest:
@@ -153,7 +153,6 @@ def _scans(s: Sizes) -> Iterator[Case]:
             partial(_scan_set, s, rows, steps, True),
             _scan,
             7 * moved,  # reads u, δ, gate and the output's gradient, writes three gradients
-            skipped=("reference",),
             prepare=_scan_backward,
         )
     for rows in (1, 8, s.of(128, 9)):
@@ -271,20 +270,18 @@ def _products(s: Sizes) -> Iterator[Case]:
     owner = c.num_attention_heads * c.head_dim + c.num_key_value_heads * (c.head_dim + c.v_head_dim) + 2 * c.d_inner
     shapes = {"in_proj": (c.hidden_size, owner), "down_proj": (c.intermediate_size, c.hidden_size)}
     shapes |= {"head": (c.hidden_size, c.vocab_size)}
-    makers: Mapping[str, Callable[[Tensor], Any]] = {"bf16": lambda w: w, "int8": round_to_int8, "int4": round_to_int4}
-    for kind, make in makers.items():
+    for kind, (width, make) in KINDS.items():
         for title, (inputs, outputs) in shapes.items():
             if title == "head" and kind != "bf16":
                 continue
             for rows in (1, 8, s.of(32, 9), s.of(128, 10)):
-                yield _product(f"{kind} {title}", make, rows, inputs, outputs)
+                yield _product(f"{kind} {title}", width, make, rows, inputs, outputs)
 
 
-def _product(title: str, quantize: Callable[[Tensor], Any], rows: int, inputs: int, outputs: int) -> Case:
+def _product(title: str, width: float, quantize: Callable[[Tensor], Any], rows: int, inputs: int, outputs: int) -> Case:
     def make() -> Set:
         return {"x": (random(rows, inputs), quantize(random(outputs, inputs)), None)}
 
-    width = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}[title.split()[0]]
     return Case(
         "linear",
         f"{title}, {rows} rows × {inputs} → {outputs}",
@@ -293,7 +290,6 @@ def _product(title: str, quantize: Callable[[Tensor], Any], rows: int, inputs: i
         _call,
         int(width * inputs * outputs) + 2 * rows * (inputs + outputs),
         2 * rows * inputs * outputs,
-        skipped=("reference",),
     )
 
 
@@ -331,6 +327,7 @@ CASES: tuple[Callable[[Sizes], Iterator[Case]], ...] = (
     _scans,
     attentions,
     _products,
+    fused,
     _convolutions,
     _elementwise,
     _losses,
