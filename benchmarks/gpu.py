@@ -20,7 +20,7 @@ from benchmarks.gpu_timing import RESTART, Part
 from hymba.errors import HymbaError
 
 # The parts that `all` runs and the seconds of each, the most telling first.
-PARTS = (("decode", 90), ("paper", 150), ("ops", 130), ("training", 80), ("prompts", 40))
+PARTS = (("decode", 90), ("paper", 120), ("ops", 130), ("training", 100), ("prompts", 60))
 WHOLE = 510
 GRACE = 15  # seconds that a part may take beyond its limit, to end what it has begun
 MOST_STARTS = 6  # of one part, where a process can measure no more

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import Weights
-from benchmarks.gpu_timing import Part, device, release
+from benchmarks.gpu_timing import Part, device, kernel_times, release
 from benchmarks.models import all_weight_bytes, kv_bytes, random_model, random_tokens, state_bytes, weight_bytes
 from benchmarks.prefill import prompt_flops
 from hymba.inference import SamplingParams, generate
@@ -23,6 +23,7 @@ from hymba.model.cache import parts_of
 
 WARM_UP = 4  # steps that do not count
 TOKENS = 48  # steps that do
+LOOKED_AT = 4  # steps whose kernels are timed one by one
 # Rows and tokens held, the most telling ones first.
 POINTS = ((1, 1024), (128, 8192), (1, 8192), (8, 8192), (32, 8192), (128, 1024), (1, 16384), (8, 1024), (128, 16384))
 TOY_POINTS = ((1, 20), (2, 40))
@@ -105,11 +106,11 @@ def filled_cache(model: Hymba, rows: int, held: int, room: int, bits: int | None
 
 
 @torch.no_grad()
-def time_steps(model: Hymba, rows: int, held: int, tokens: int) -> tuple[float, Cache]:
-    """Return the seconds of a decode step, mean of `tokens` in a row, and the cache behind which they ran."""
-    cache = filled_cache(model, rows, held, WARM_UP + tokens)
+def time_steps(model: Hymba, rows: int, held: int, tokens: int) -> tuple[float, Steps]:
+    """Return the seconds of a decode step, mean of `tokens` in a row, and what takes a few steps more."""
+    cache = filled_cache(model, rows, held, WARM_UP + tokens + LOOKED_AT)
     step = Steps(model, cache)
-    return mean_seconds(step, tokens), cache
+    return mean_seconds(step, tokens), step
 
 
 def mean_seconds(step: Callable[[], Any], tokens: int) -> float:
@@ -133,7 +134,8 @@ def synchronize() -> None:
 def steps(model: Hymba, rows: int, held: int, part: Part) -> dict[str, Any]:
     """Time decode steps; return their speed and share of the bandwidth."""
     tokens = min(TOKENS, held)
-    seconds, cache = time_steps(model, rows, held, tokens)
+    seconds, step = time_steps(model, rows, held, tokens)
+    cache = step.cache
     read = weight_bytes(model) + state_bytes(cache) + kv_bytes(cache, held + WARM_UP + tokens / 2)
     return {
         "rows": rows,
@@ -143,6 +145,7 @@ def steps(model: Hymba, rows: int, held: int, part: Part) -> dict[str, Any]:
         "bytes_per_step": round(read),
         "weight_bytes": all_weight_bytes(model),
         "share_of_copy": round(read / seconds / 1e9 / part.ceilings["copy_gb_s"], 3),
+        "kernels": kernel_times(step, LOOKED_AT),
     }
 
 
@@ -168,15 +171,20 @@ def prompt(model: Hymba, length: int, whole: bool, part: Part) -> dict[str, Any]
     tokens = random_tokens(model, 1, length).to(model.device)
     chunk = length if whole else prefill_chunk(model)
     times = []
+
+    def read() -> None:
+        for piece in tokens.split(chunk, dim=1):
+            hidden = model(piece, cache=cache).hidden
+        model.logits(hidden[:, -1])
+
     for _ in range(4):
         cache = model.allocate_cache(1, length)
         synchronize()
         begun = time.perf_counter()
-        for piece in tokens.split(chunk, dim=1):
-            hidden = model(piece, cache=cache).hidden
-        model.logits(hidden[:, -1])
+        read()
         synchronize()
         times.append(time.perf_counter() - begun)
+    cache = model.allocate_cache(1, length)
     seconds = sorted(times[1:])[1]
     flops = prompt_flops(model.config, length)
     return {
@@ -185,4 +193,5 @@ def prompt(model: Hymba, length: int, whole: bool, part: Part) -> dict[str, Any]
         "tokens_per_second": round(length / seconds, 1),
         "prompt_ms": round(seconds * 1e3, 3),
         "share_of_matrix": round(flops / seconds / 1e12 / part.ceilings["matrix_tflops"], 3),
+        "kernels": kernel_times(read, 1) if whole else "not looked at",
     }

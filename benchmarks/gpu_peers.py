@@ -68,9 +68,9 @@ def halving(rows: int, run: Callable[[int], Found]) -> Found:
 def _ours(rows: int, toy: bool) -> Found:
     model = random_model("tiny" if toy else "1.5b", device=device())
     held, tokens = (TOY_HELD, 4) if toy else (HELD, TOKENS)
-    seconds, cache = time_steps(model, rows, held, tokens)
+    seconds, step = time_steps(model, rows, held, tokens)
     exact = filled_cache(model, 1, held, 1)
-    return _found(rows, held, tokens, seconds, cache.nbytes() / rows, exact.nbytes())
+    return _found(rows, held, tokens, seconds, step.cache.nbytes() / rows, exact.nbytes())
 
 
 def _found(rows: int, held: int, tokens: int, seconds: float, nbytes: float, exact: float) -> dict[str, Any]:

@@ -23,6 +23,10 @@ from benchmarks.command import ROOT
 from hymba.files import replacing
 
 WORKERS = 12  # pytest-xdist's: most of the time goes into compiling kernels
+ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for the tests that want torch deterministic
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each worker starts one process a core
+}
 EVERY = 2.0  # seconds between two writings of what has been told
 
 
@@ -40,7 +44,7 @@ def run_tests(chosen: Sequence[str], seconds: float, workers: int) -> dict[str, 
         if workers > 1 and find_spec("xdist") is not None:
             words += ["-n", str(workers), "--dist", "worksteal"]
         begun = time.monotonic()
-        process = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(words, cwd=ROOT, env=os.environ | ENVIRONMENT, start_new_session=True)
         try:
             ended = f"pytest ended with {process.wait(seconds)}"
         except subprocess.TimeoutExpired:

@@ -126,6 +126,31 @@ def _milliseconds(seconds: Sequence[float], calls: int, by: str) -> dict[str, An
     return {"median": round(statistics.median(times), 5), "best": round(min(times), 5), "by": by}
 
 
+def kernel_times(run: Call, count: int, most: int = 24) -> list[dict[str, Any]] | str:
+    """Return the kernels that `count` calls start, by the time they take: microseconds and launches a call.
+
+    Where the profiler does not work, why.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+            for _ in range(count):
+                run()
+            if on_gpu:
+                torch.cuda.synchronize()
+        field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        spent = sorted(found.key_averages(), key=lambda x: -getattr(x, field))
+    except Exception as error:
+        return f"the profiler does not work here: {error}"
+    return [
+        {"kernel": x.key[:100], "us": round(getattr(x, field) / count, 2), "launches": round(x.count / count, 2)}
+        for x in spent[:most]
+        if getattr(x, field) > 0
+    ]
+
+
 def ceilings(toy: bool) -> dict[str, float]:
     """Return what the device can do: bytes a second of a copy, read and written, and bfloat16 operations a second."""
     count, side = (1 << 20, 128) if toy else (COPY_BYTES, SQUARE)
@@ -229,6 +254,8 @@ def _brief(found: Mapping[str, Any]) -> str:
     for key, value in found.items():
         if key in ("ms", "peers"):
             words += [f"{name} {_time(x)}" for name, x in value.items()]
+        elif key == "kernels" and not isinstance(value, str):
+            words += [f"{x['us']} us in {x['launches']:g} {x['kernel'][:40]}" for x in value[:9]]
         elif key not in ("op", "size", "sets", "bytes", "flops", "bytes_per_step", "weight_bytes"):
             words.append(f"{key} {value}")
     return ", ".join(words)

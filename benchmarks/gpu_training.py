@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_decode import synchronize
 from benchmarks.gpu_peers import halving
-from benchmarks.gpu_timing import Part, device
+from benchmarks.gpu_timing import Part, device, kernel_times
 from benchmarks.models import SEED
 from benchmarks.prefill import prompt_flops
 from hymba.model import HymbaConfig
@@ -98,4 +98,5 @@ def _steps(size: str, checkpointing: bool, rows: int, toy: bool, part: Part) -> 
         "flops": flops,
         "mfu": round(flops / seconds / 1e12 / part.ceilings["matrix_tflops"], 3),
         "peak_memory_gb": round(peak / 1e9, 2),
+        "kernels": kernel_times(step, 1),
     }
