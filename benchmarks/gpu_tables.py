@@ -24,7 +24,7 @@ class Target(NamedTuple):
 def items(held: Held, part: str) -> Sequence[Item]:
     """Return what a part has, measured or not."""
     found: Sequence[Item] = held.get(f"gpu-{part}", {}).get("items", ())
-    return found
+    return [item for item in found if "kernels" not in item]
 
 
 def _field(part: str, beginning: str, field: str) -> Callable[[Held], float | None]:
@@ -194,6 +194,22 @@ def _ms(found: Any) -> str:
     return "–" if found is None else str(found)
 
 
+def kernels(held: Held) -> str:
+    """Return the table of the kernels that a step, a prompt and a training step spend their time in."""
+    rows: list[Sequence[Any]] = []
+    for part in ("decode", "prompts", "training"):
+        for item in held.get(f"gpu-{part}", {}).get("items", ()):
+            found = item.get("kernels", ())
+            if isinstance(found, str):
+                rows.append((item["item"], found, "", ""))
+                continue
+            total = sum(x["us"] for x in found)
+            for x in found[:10]:
+                name = x["kernel"].replace("|", "/")[:60]
+                rows.append((item["item"], f"`{name}`", f"{x['launches']:g}", f"{x['us']:.1f} ({x['us'] / total:.0%})"))
+    return table(("of", "kernel", "launches", "µs, share of those seen"), rows or [("all", "", "", MISSING)])
+
+
 def suite(held: Held) -> str:
     """Return the table of what the tests came to."""
     record = held.get("gpu-tests")
@@ -221,6 +237,7 @@ SECTIONS: tuple[tuple[str, Callable[[Held], str]], ...] = (
     ("The paper's table", generation),
     ("Training on the GPU", steps),
     ("Ops on the GPU, in milliseconds", operations),
+    ("Where a GPU's time goes", kernels),
     ("Tests on the GPU", suite),
     ("Where the GPU's numbers come from", ceilings),
 )

@@ -37,6 +37,9 @@ def measure_training(part: Part, toy: bool) -> None:
                 lambda s=size, c=checkpointing: halving(ROWS[s], lambda b: _steps(s, c, b, toy, part)),  # type: ignore[misc]
             )
 
+        size, rows = ("tiny", 2) if toy else ("1.5b", ROWS["1.5b"] // 2)
+        yield f"{size}, kernels", lambda: step_kernels(size, rows, TOY_LENGTH if toy else LENGTH)
+
     part.measure(items(), least=10)
 
 
@@ -75,6 +78,14 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def step_kernels(size: str, rows: int, length: int) -> dict[str, Any]:
+    """Look at the kernels of a step. Last of all: after the profiler, other times may be longer."""
+    step = Step(size, rows, length, checkpointing=False)
+    for _ in range(2):
+        step()
+    return {"kernels": kernel_times(step, 1)}
+
+
 def _steps(size: str, checkpointing: bool, rows: int, toy: bool, part: Part) -> dict[str, Any]:
     length, count = (TOY_LENGTH, 2) if toy else (LENGTH, STEPS)
     if torch.cuda.is_available():
@@ -98,5 +109,4 @@ def _steps(size: str, checkpointing: bool, rows: int, toy: bool, part: Part) -> 
         "flops": flops,
         "mfu": round(flops / seconds / 1e12 / part.ceilings["matrix_tflops"], 3),
         "peak_memory_gb": round(peak / 1e9, 2),
-        "kernels": kernel_times(step, 1),
     }
