@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hymba.model import Cache, Hymba
 from hymba.ops import gpu, native
-from hymba.ops.attention import blocks
+from hymba.ops.attention import IMPLEMENTATIONS, blocks
+from hymba.ops.backend import selected
 from hymba.ops.graph import Graph
 from hymba.ops.recording import Recording
 
@@ -38,10 +39,11 @@ class DecodeStep:
         self._lengths: Tensor | None = None
         # The rotary base of "dynamic_ntk" is computed in Python from the length.
         fixed, on_cpu = model.config.rope_type != "dynamic_ntk", cache.lengths.is_cpu
-        self._captures = fixed and not on_cpu and not gpu.why_unfit(cache.conv_state)
+        in_triton = selected(IMPLEMENTATIONS, cache.lengths.device.type) == "triton"
+        self._captures = fixed and in_triton and not on_cpu and not gpu.why_unfit(cache.conv_state)
         # With other kernels, attention of several queries looks at their positions in Python.
         takes_steps = steps == 1 or blocks.fits(torch.empty(1, steps, dtype=model.dtype))
-        self._records = fixed and on_cpu and native.library() is not None and takes_steps
+        self._records = fixed and on_cpu and not in_triton and native.library() is not None and takes_steps
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
