@@ -14,7 +14,7 @@ from hymba.ops import probe
 from hymba.ops.attention import Mask, round_heads
 from hymba.ops.causal_conv1d.triton import causal_conv1d
 from hymba.ops.gated.triton import gated_silu
-from hymba.ops.ring.triton import ring_positions, ring_slots
+from hymba.ops.ring.triton import ring_positions, ring_slots, write_ring
 from hymba.ops.rms_norm.triton import mean_of_norms, norm_parts, rms_norm
 from hymba.ops.rotary.triton import apply_rotary
 
@@ -30,6 +30,14 @@ def _ring() -> None:
     ring_positions(lengths, 1025, 1025, 128)
     ring_slots(lengths, None, 1, 1025, 128)
     ring_slots(lengths, lengths, 8, 1025, 128)
+    rows, slots, real = lengths[:, None], torch.zeros(8, 8, dtype=torch.int64), torch.zeros(8, 8, dtype=torch.bool)
+    stored = [torch.zeros(8, 1153, 5, width, dtype=torch.bfloat16) for width in (64, 128)]
+    k = torch.zeros(8, 8, 5, 64, dtype=torch.bfloat16)
+    v = torch.zeros(8, 8, 8960, dtype=torch.bfloat16)[..., 1920:2560].unflatten(-1, (5, 128))
+    for buffers in (stored, [round_heads(x) for x in stored]):
+        write_ring(rows, slots[:, :1], None, None, (k[:, :1], v[:, :1]), buffers)
+        write_ring(rows, slots, slots, real, (k, v), buffers)
+    write_ring(rows, slots, None, None, (round_heads(k), round_heads(v)), buffers)
 
 
 def _conv() -> None:

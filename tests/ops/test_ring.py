@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DEVICE
 from torch import Tensor
 
-from hymba.ops.ring import POSITIONS, SLOTS
+from hymba.ops.attention import QuantizedHeads, round_heads
+from hymba.ops.attention.heads import Heads
+from hymba.ops.ring import POSITIONS, SLOTS, WRITES
 
 META = 3
 backends = pytest.mark.parametrize("name", ["reference", "triton"])
@@ -68,3 +70,41 @@ def test_a_ring_of_eight_thousand_slots() -> None:
             assert [x is None for x in found] == [x is None for x in expected]
             pairs = zip(found, expected, strict=True)
             assert all(x is None or torch.equal(x, y) for x, y in pairs)
+
+
+def buffers(rows: int, dtype: torch.dtype, bits: int | None) -> list[Heads]:
+    """Keys and values of two heads, in one larger tensor: as a part of the rows."""
+    g = torch.Generator().manual_seed(rows)
+    whole = [torch.randn(rows + 2, META + 9, 2, width, generator=g).to(DEVICE, dtype)[1:-1] for width in (6, 16)]
+    return [x if bits is None else round_heads(x) for x in whole]
+
+
+def parts(heads: list[Heads]) -> list[Tensor]:
+    return [part for x in heads for part in ((x.values, x.scales) if isinstance(x, QuantizedHeads) else (x,))]
+
+
+@pytest.mark.parametrize(("bits", "rounded"), [(None, False), (8, False), (8, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_written_where_the_definition_writes_them(
+    bits: int | None, rounded: bool, dtype: torch.dtype
+) -> None:
+    """Keys rotated, so dense, and values a part of a wider projection; to the bit, in 8 bits too."""
+
+    @given(rows=st.integers(1, 3), steps=st.integers(1, 12), padded=st.booleans(), data=st.data())
+    @settings(max_examples=6)
+    def check(rows: int, steps: int, padded: bool, data: st.DataObject) -> None:
+        held, counts = (tensor([data.draw(st.integers(0, n)) for _ in range(rows)]) for n in (30, steps))
+        places = SLOTS["reference"](held, counts if padded else None, steps, 9, META)
+        g = torch.Generator().manual_seed(steps)
+        wide = torch.randn(rows, steps, 80, generator=g).to(DEVICE, dtype)
+        own: list[Heads] = [wide[..., :12].unflatten(-1, (2, 6)).contiguous(), wide[..., 16:48].unflatten(-1, (2, 16))]
+        wide[0, 0] = 0  # no scale
+        own = [round_heads(x) for x in own] if rounded else own  # type: ignore[arg-type]
+        index = torch.arange(rows, device=DEVICE)[:, None]
+        ours, theirs = buffers(rows, dtype, bits), buffers(rows, dtype, bits)
+        WRITES["triton"](index, *places, own, ours)
+        WRITES["reference"](index, *places, own, theirs)
+        for x, y in zip(parts(ours), parts(theirs), strict=True):
+            assert torch.equal(x, y)
+
+    check()

@@ -1,10 +1,13 @@
-"""Where tokens lie in a buffer `[meta tokens | ring]`: text token p in slot M + p mod ring."""
+"""Where tokens lie in a buffer `[meta tokens | ring]`, text token p in slot M + p mod ring, and how they get there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from hymba.ops import gpu
+from hymba.ops.attention.heads import Heads
 from hymba.ops.backend import choose
 from hymba.ops.ring import reference
 
@@ -17,6 +20,11 @@ SLOTS = {
     "reference": reference.ring_slots,
     "cpu": reference.ring_slots,
     "triton": gpu.deferred("hymba.ops.ring.triton", "ring_slots"),
+}
+WRITES = {
+    "reference": reference.write_ring,
+    "cpu": reference.write_ring,
+    "triton": gpu.deferred("hymba.ops.ring.triton", "write_ring"),
 }
 
 
@@ -56,4 +64,24 @@ def ring_slots(
     return choose(SLOTS, lengths)(lengths, counts, steps, ring, num_meta)
 
 
-__all__ = ["POSITIONS", "SLOTS", "ring_positions", "ring_slots"]
+def write_ring(
+    rows: Tensor,
+    slots: Tensor,
+    tokens: Tensor | None,
+    real: Tensor | None,
+    own: Sequence[Heads],
+    stored: Sequence[Heads],
+) -> None:
+    """Write a call's own keys and values into the buffers that hold them, each token into its slot.
+
+    Args:
+        rows: (B, 1) int64, 0 … B − 1.
+        slots, tokens, real: as :func:`ring_slots` returns them. Padding changes nothing.
+        own: (B, T, G, width) each, tensors or quantised; no gradient flows through.
+        stored: (B, M + ring, G, width) each, written in place; a tensor for a buffer in 8 bits is rounded by
+            :func:`hymba.ops.attention.round_heads`, for another cast to its dtype.
+    """
+    choose(WRITES, slots)(rows, slots, tokens, real, own, stored)
+
+
+__all__ = ["POSITIONS", "SLOTS", "WRITES", "ring_positions", "ring_slots", "write_ring"]

@@ -1,9 +1,13 @@
-"""The definition of a ring's places."""
+"""The definition of a ring's places, and of writing into them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from hymba.ops.attention.heads import Heads, QuantizedHeads, round_heads
 
 
 def ring_positions(held: Tensor, used: int, ring: int, num_meta: int) -> Tensor:
@@ -31,3 +35,33 @@ def ring_slots(
     tokens = skipped + tokens
     is_real = None if counts is None else tokens < real[:, None]
     return num_meta + (first + skipped) % ring, tokens if steps > ring else None, is_real
+
+
+def write_ring(
+    rows: Tensor,
+    slots: Tensor,
+    tokens: Tensor | None,
+    real: Tensor | None,
+    own: Sequence[Heads],
+    stored: Sequence[Heads],
+) -> None:
+    """Definition of :func:`hymba.ops.ring.write_ring`, same signature."""
+    for new, buffer in zip(own, stored, strict=True):
+        if not isinstance(buffer, QuantizedHeads):
+            assert isinstance(new, Tensor)
+            _write(rows, slots, tokens, real, new.detach().to(buffer.dtype), buffer)
+            continue
+        new = new if isinstance(new, QuantizedHeads) else round_heads(new.detach())
+        _write(rows, slots, tokens, real, new.values, buffer.values)
+        _write(rows, slots, tokens, real, new.scales, buffer.scales)
+
+
+def _write(
+    rows: Tensor, slots: Tensor, tokens: Tensor | None, real: Tensor | None, new: Tensor, buffer: Tensor
+) -> None:
+    """Write one tensor (B, T, …) into its buffer."""
+    if tokens is not None:
+        new = new[rows, tokens]
+    if real is not None:  # padding puts back what its slot holds
+        new = torch.where(real.view(*real.shape, *[1] * (new.ndim - 2)), new, buffer[rows, slots])
+    buffer[rows, slots] = new
