@@ -190,7 +190,9 @@ def _place(width, chunks, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _start(initial, row, channels, mask, row_apart, channel_apart, tap_apart, back: tl.constexpr, TAPS, like):
+def _start(
+    initial, row, channels, mask, row_apart, channel_apart, tap_apart, back: tl.constexpr, TAPS: tl.constexpr, like
+):
     """Return the inputs `back` steps before the first in float32, rounded as those of `like` are."""
     x = tl.zeros(channels.shape, tl.float32)
     if initial is not None and back < TAPS:
@@ -200,25 +202,39 @@ def _start(initial, row, channels, mask, row_apart, channel_apart, tap_apart, ba
 
 
 @triton.jit
-def _taps(weight, channels, mask, TAPS: tl.constexpr):
-    """Return the weights of the inputs 0, 1, 2 and 3 steps ago in float32; a channel's lie together."""
+def _starts(initial, row, channels, mask, row_apart, channel_apart, tap_apart, TAPS: tl.constexpr, like):
+    """Return the inputs 1, 2 and 3 steps before the first, as :func:`_start` does."""
+    s1 = _start(initial, row, channels, mask, row_apart, channel_apart, tap_apart, 1, TAPS, like)
+    s2 = _start(initial, row, channels, mask, row_apart, channel_apart, tap_apart, 2, TAPS, like)
+    s3 = _start(initial, row, channels, mask, row_apart, channel_apart, tap_apart, 3, TAPS, like)
+    return s1, s2, s3
+
+
+@triton.jit
+def _taps(weight, bias, channels, mask, TAPS: tl.constexpr):
+    """Return bias and weights of the inputs 0, 1, 2 and 3 steps ago in float32; a channel's weights lie together."""
+    b = tl.load(bias + channels, mask=mask, other=0).to(tl.float32)
     taps = tl.arange(0, 4) - (4 - TAPS)
     mask = mask[:, None] & (taps >= 0)[None, :]
     w = tl.load(weight + channels[:, None] * TAPS + taps[None, :], mask=mask, other=0).to(tl.float32)
     even, odd = tl.split(tl.reshape(w, (channels.shape[0], 2, 2)))
     w3, w1 = tl.split(even)
     w2, w0 = tl.split(odd)
-    return w0, w1, w2, w3
+    return b, w0, w1, w2, w3
 
 
 @triton.jit
-def _before(u, first, s, back: tl.constexpr, u_step, mask, TAPS: tl.constexpr):
-    """Return the inputs `back` steps before step `first` of a row in float32, which are `s` before step 0."""
-    x = s
-    if back < TAPS:
-        at = (first - back).to(tl.int64) * u_step
-        x = tl.where(first > 0, tl.load(u + at, mask=mask & (first > 0), other=0).to(tl.float32), s)
-    return x
+def _before(u, first, s1, s2, s3, u_step, mask, TAPS: tl.constexpr):
+    """Return the inputs 1, 2 and 3 steps before step `first` of a row in float32, the initial ones before step 0."""
+    mask &= first > 0
+    at = u + first.to(tl.int64) * u_step
+    x1 = tl.where(first > 0, tl.load(at - u_step, mask=mask, other=0).to(tl.float32), s1)
+    x2, x3 = s2, s3
+    if TAPS > 2:
+        x2 = tl.where(first > 0, tl.load(at - 2 * u_step, mask=mask, other=0).to(tl.float32), s2)
+    if TAPS > 3:
+        x3 = tl.where(first > 0, tl.load(at - 3 * u_step, mask=mask, other=0).to(tl.float32), s3)
+    return x1, x2, x3
 
 
 @triton.jit
@@ -258,11 +274,13 @@ def _pick(i: tl.constexpr, x0, x1, x2, x3):
 
 
 @triton.jit
-def _restarted(x1, x2, x3, s1, s2, s3, offset):
+def _restarted(x1, x2, x3, s1, s2, s3, offset, RESTARTS: tl.constexpr):
     """Return the inputs 1, 2 and 3 steps ago, of which those before a document's start are its initial ones."""
-    x3 = tl.where(offset < 3, tl.where(offset < 2, tl.where(offset < 1, s3, s2), s1), x3)
-    x2 = tl.where(offset < 2, tl.where(offset < 1, s2, s1), x2)
-    return tl.where(offset < 1, s1, x1), x2, x3
+    if RESTARTS:
+        x3 = tl.where(offset < 3, tl.where(offset < 2, tl.where(offset < 1, s3, s2), s1), x3)
+        x2 = tl.where(offset < 2, tl.where(offset < 1, s2, s1), x2)
+        x1 = tl.where(offset < 1, s1, x1)
+    return x1, x2, x3
 
 
 @triton.jit
@@ -277,6 +295,15 @@ def _sum(x0, x1, x2, x3, b, w0, w1, w2, w3, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _length(lengths, row, steps):
+    """Return how many steps of a row are valid."""
+    length = row * 0 + steps
+    if lengths is not None:
+        length = tl.load(lengths + row).to(tl.int64)
+    return length
+
+
+@triton.jit
 def _forward_kernel(
     u, weight, bias, initial, lengths, offsets, out, final, steps, width, chunks,
     u_row, u_step, i_row, i_channel, i_tap, f_row, f_channel, f_tap,
@@ -286,14 +313,9 @@ def _forward_kernel(
     dtype = u.dtype.element_ty
     u += row * u_row + channels
     near = mask & ((chunk == 0) | (offsets is not None))  # who reads the initial state
-    s1 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 1, TAPS, u)
-    s2 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 2, TAPS, u)
-    s3 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 3, TAPS, u)
-    b = tl.load(bias + channels, mask=mask, other=0).to(tl.float32)
-    w0, w1, w2, w3 = _taps(weight, channels, mask, TAPS)
-    p1 = _before(u, first, s1, 1, u_step, mask, TAPS)
-    p2 = _before(u, first, s2, 2, u_step, mask, TAPS)
-    p3 = _before(u, first, s3, 3, u_step, mask, TAPS)
+    s1, s2, s3 = _starts(initial, row, channels, near, i_row, i_channel, i_tap, TAPS, u)
+    b, w0, w1, w2, w3 = _taps(weight, bias, channels, mask, TAPS)
+    p1, p2, p3 = _before(u, first, s1, s2, s3, u_step, mask, TAPS)
     end = tl.minimum(first + STEPS, steps)
     at, place = first.to(tl.int64) * u_step, row * steps + first
     for t in range(first, end, 4):
@@ -301,9 +323,8 @@ def _forward_kernel(
         o0, o1, o2, o3 = _offsets(None if offsets is None else offsets + place, t, end)
         for i in tl.static_range(4):
             x0 = _pick(i, u0, u1, u2, u3).to(tl.float32)
-            x1, x2, x3 = p1, p2, p3
-            if offsets is not None:
-                x1, x2, x3 = _restarted(p1, p2, p3, s1, s2, s3, _pick(i, o0, o1, o2, o3))
+            offset = _pick(i, o0, o1, o2, o3)
+            x1, x2, x3 = _restarted(p1, p2, p3, s1, s2, s3, offset, offsets is not None)
             total = _sum(x0, x1, x2, x3, b, w0, w1, w2, w3, TAPS)
             made = silu(total.to(dtype).to(tl.float32)).to(dtype)
             tl.store(out + (place + i) * width + channels, made, mask=mask & (t + i < end))
@@ -311,9 +332,7 @@ def _forward_kernel(
         at += 4 * u_step
         place += 4
     if chunk == 0:
-        length = row * 0 + steps
-        if lengths is not None:
-            length = tl.load(lengths + row).to(tl.int64)
+        length = _length(lengths, row, steps)
         tl.debug_barrier()  # the state before may be the state after
         for tap in tl.static_range(TAPS - 1):
             last = length + tap - (TAPS - 1)
@@ -324,19 +343,63 @@ def _forward_kernel(
 
 
 @triton.jit
-def _back_from_silu(x, grad):
-    """Return the gradient of float32 values under that of their SiLU."""
+def _none(CHANNELS: tl.constexpr):
+    none = tl.zeros((CHANNELS,), tl.float32)
+    return none, none, none, none
+
+
+@triton.jit
+def _back_from_sum(total, grad, is_own):
+    """Return the gradient of a step's sum under that of its SiLU, and again, zero unless the step is the program's."""
+    x = total.to(tl.float32)
     sigmoid = 1 / (1 + tl.exp(-x))
-    return grad * sigmoid * (1 + x * (1 - sigmoid))
+    d = grad.to(tl.float32) * sigmoid * (1 + x * (1 - sigmoid))
+    return d, tl.where(is_own, d, 0.0)
+
+
+@triton.jit
+def _pass_back(d, w1, w2, w3, offset, a1, a2, a3, RESTARTS: tl.constexpr):
+    """Add a step's share to the gradients of the inputs 1, 2 and 3 steps ago, those of its own document."""
+    if RESTARTS:
+        a1 += tl.where(offset < 1, 0.0, d * w1)
+        a2 += tl.where(offset < 2, 0.0, d * w2)
+        a3 += tl.where(offset < 3, 0.0, d * w3)
+    else:
+        a1 += d * w1
+        a2 += d * w2
+        a3 += d * w3
+    return a1, a2, a3
+
+
+@triton.jit
+def _pass_to_start(d, w1, w2, w3, offsets, offset, s1, s2, s3):
+    """Add a step's share to the gradients of the initial inputs that it read for those before its document."""
+    if offsets is not None and offset < 3:  # few steps are
+        s1 += d * tl.where(offset == 0, w1, tl.where(offset == 1, w2, w3))
+        s2 += d * tl.where(offset == 0, w2, tl.where(offset == 1, w3, 0.0))
+        s3 += d * tl.where(offset == 0, w3, 0.0)
+    return s1, s2, s3
+
+
+@triton.jit
+def _leave(grad_initial, grad, position, s1, s2, s3):
+    """Add the gradient of the input at a position to that of the initial ones if it is one of these."""
+    if grad_initial is not None and position < 0:
+        s1 += tl.where(position == -1, grad, 0.0)
+        s2 += tl.where(position == -2, grad, 0.0)
+        s3 += tl.where(position == -3, grad, 0.0)
+    return s1, s2, s3
 
 
 @triton.jit
 def _taken(grad_final, position, length, row, width, channels, mask, TAPS: tl.constexpr):
     """Return what the final state's gradient (B, E, TAPS − 1) adds to that of the input at a position."""
     added = tl.zeros(channels.shape, tl.float32)
-    tap = position - length + (TAPS - 1)
-    if (tap >= 0) & (tap < TAPS - 1):
-        added = tl.load(grad_final + (row * width + channels) * (TAPS - 1) + tap, mask=mask, other=0).to(tl.float32)
+    if grad_final is not None:
+        tap = position - length + (TAPS - 1)
+        if (tap >= 0) & (tap < TAPS - 1):
+            place = (row * width + channels) * (TAPS - 1) + tap
+            added = tl.load(grad_final + place, mask=mask, other=0).to(tl.float32)
     return added
 
 
@@ -348,26 +411,15 @@ def _backward_kernel(
 ):  # fmt: skip
     """Walk a chunk's steps and TAPS − 1 more: an input's gradient is whole when its last user has been seen."""
     row, chunk, first, channels, mask = _place(width, chunks, STEPS, CHANNELS)
-    dtype = u.dtype.element_ty
-    u += row * u_row + channels
-    grad += row * g_row + channels
+    u, grad = u + row * u_row + channels, grad + row * g_row + channels
     near = mask & ((chunk == 0) | (offsets is not None))  # who reads the initial state
-    s1 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 1, TAPS, u)
-    s2 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 2, TAPS, u)
-    s3 = _start(initial, row, channels, near, i_row, i_channel, i_tap, 3, TAPS, u)
-    b = tl.load(bias + channels, mask=mask, other=0).to(tl.float32)
-    w0, w1, w2, w3 = _taps(weight, channels, mask, TAPS)
-    p1 = _before(u, first, s1, 1, u_step, mask, TAPS)
-    p2 = _before(u, first, s2, 2, u_step, mask, TAPS)
-    p3 = _before(u, first, s3, 3, u_step, mask, TAPS)
-    length = row * 0 + steps
-    if grad_final is not None and lengths is not None:
-        length = tl.load(lengths + row).to(tl.int64)
-    none = tl.zeros((CHANNELS,), tl.float32)
-    a1, a2, a3 = none, none, none  # gradients so far of the inputs 1, 2 and 3 steps ago
-    b_sum, w0_sum, w1_sum, w2_sum, w3_sum = none, none, none, none, none
-    s1_sum, s2_sum, s3_sum = none, none, none
-    end = tl.minimum(first + STEPS, steps)
+    s1, s2, s3 = _starts(initial, row, channels, near, i_row, i_channel, i_tap, TAPS, u)
+    b, w0, w1, w2, w3 = _taps(weight, bias, channels, mask, TAPS)
+    p1, p2, p3 = _before(u, first, s1, s2, s3, u_step, mask, TAPS)
+    b_sum, a1, a2, a3 = _none(CHANNELS)  # the last: gradients so far of the inputs 1, 2 and 3 steps ago
+    w0_sum, w1_sum, w2_sum, w3_sum = _none(CHANNELS)
+    s1_sum, s2_sum, s3_sum = a1, a2, a3
+    end, length = tl.minimum(first + STEPS, steps), _length(lengths, row, steps)
     at, g_at, place = first.to(tl.int64) * u_step, first.to(tl.int64) * g_step, row * steps + first
     for t in range(first, end + TAPS - 1, 4):
         u0, u1, u2, u3 = _four(u + at, t, steps, u_step, mask)
@@ -375,51 +427,29 @@ def _backward_kernel(
         o0, o1, o2, o3 = _offsets(None if offsets is None else offsets + place, t, steps)
         for i in tl.static_range(4):
             x0 = _pick(i, u0, u1, u2, u3).to(tl.float32)
-            x1, x2, x3 = p1, p2, p3
             offset = _pick(i, o0, o1, o2, o3)
-            if offsets is not None:
-                x1, x2, x3 = _restarted(p1, p2, p3, s1, s2, s3, offset)
-            total = _sum(x0, x1, x2, x3, b, w0, w1, w2, w3, TAPS)
-            d = _back_from_silu(total.to(dtype).to(tl.float32), _pick(i, g0, g1, g2, g3).to(tl.float32))
-            own = tl.where(t + i < end, d, 0.0)
-            if offsets is None:
-                a1 += d * w1
-                a2 += d * w2
-                a3 += d * w3
-            else:
-                a1 += tl.where(offset < 1, 0.0, d * w1)
-                a2 += tl.where(offset < 2, 0.0, d * w2)
-                a3 += tl.where(offset < 3, 0.0, d * w3)
-                if offset < 3:  # few steps do
-                    s1_sum += own * tl.where(offset == 0, w1, tl.where(offset == 1, w2, w3))
-                    s2_sum += own * tl.where(offset == 0, w2, tl.where(offset == 1, w3, 0.0))
-                    s3_sum += own * tl.where(offset == 0, w3, 0.0)
+            x1, x2, x3 = _restarted(p1, p2, p3, s1, s2, s3, offset, offsets is not None)
+            total = _sum(x0, x1, x2, x3, b, w0, w1, w2, w3, TAPS).to(u.dtype.element_ty)
+            d, own = _back_from_sum(total, _pick(i, g0, g1, g2, g3), t + i < end)
             b_sum += own
-            w0_sum += own * x0
-            w1_sum += own * x1
-            w2_sum += own * x2
-            w3_sum += own * x3
-            whole = _pick(5 - TAPS, a3, a3, a2, a1)
+            w0_sum, w1_sum = w0_sum + own * x0, w1_sum + own * x1
+            w2_sum, w3_sum = w2_sum + own * x2, w3_sum + own * x3
+            s1_sum, s2_sum, s3_sum = _pass_to_start(own, w1, w2, w3, offsets, offset, s1_sum, s2_sum, s3_sum)
+            a1, a2, a3 = _pass_back(d, w1, w2, w3, offset, a1, a2, a3, offsets is not None)
             done = t + i - (TAPS - 1)
-            if grad_final is not None:
-                whole += _taken(grad_final, done, length, row, width, channels, mask, TAPS)
+            whole = _pick(5 - TAPS, a3, a3, a2, a1) + _taken(grad_final, done, length, row, width, channels, mask, TAPS)
             kept = mask & (done >= first) & (done < end)
-            tl.store(grad_u + (place + i - (TAPS - 1)) * width + channels, whole.to(dtype), mask=kept)
-            if grad_initial is not None and done < 0:
-                s1_sum += tl.where(done == -1, whole, 0.0)
-                s2_sum += tl.where(done == -2, whole, 0.0)
-                s3_sum += tl.where(done == -3, whole, 0.0)
+            tl.store(grad_u + (place + i - (TAPS - 1)) * width + channels, whole.to(grad_u.dtype.element_ty), mask=kept)
+            s1_sum, s2_sum, s3_sum = _leave(grad_initial, whole, done, s1_sum, s2_sum, s3_sum)
             a3, a2, a1 = a2, a1, d * w0
             p3, p2, p1 = p2, p1, x0
-        at += 4 * u_step
-        g_at += 4 * g_step
-        place += 4
+        at, g_at, place = at + 4 * u_step, g_at + 4 * g_step, place + 4
     to = sums + (row * chunks + chunk) * (TAPS + 1) * width + channels
     _store_back(to, w0_sum, w1_sum, w2_sum, w3_sum, width, mask, TAPS)
     tl.store(to + TAPS * width, b_sum, mask=mask)
-    if grad_initial is not None and chunk < parts:
+    if grad_initial is not None:
         to = grad_initial + (row * parts + chunk) * (TAPS - 1) * width + channels
-        _store_back(to, s1_sum, s2_sum, s3_sum, s3_sum, width, mask, TAPS - 1)
+        _store_back(to, s1_sum, s2_sum, s3_sum, s3_sum, width, mask & (chunk < parts), TAPS - 1)
 
 
 @triton.jit
