@@ -6,7 +6,6 @@ from micro import micro_model
 
 from hymba.errors import HymbaError
 from hymba.model import Cache, HymbaConfig, cache_nbytes, paper_cache_nbytes
-from hymba.model import cache as cache_module
 from hymba.ops.attention import QuantizedHeads, round_heads
 
 
@@ -103,8 +102,10 @@ def test_gradients_flow_within_a_call_and_stop_at_the_cache():
 
 def rounding_by_hand(monkeypatch):
     """A cache in the model's dtype that holds, and attends to, what 8 bits would hold."""
-    monkeypatch.setattr(cache_module, "_like", lambda stored, own: round_heads(own).dequantize(own.dtype))
-    start = Cache.start.__func__
+    start, extend = Cache.start.__func__, Cache.extend
+
+    def rounded_extend(self, window, stored, k, v, slots):
+        return extend(self, window, stored, *(round_heads(x).dequantize(x.dtype) for x in (k, v)), slots)
 
     def rounded_start(cls, config, prefix, rows, max_length, bits=None):
         cache = start(cls, config, prefix, rows, max_length)
@@ -112,6 +113,7 @@ def rounding_by_hand(monkeypatch):
             held.update({i: round_heads(x).dequantize(x.dtype) for i, x in held.items()})
         return cache
 
+    monkeypatch.setattr(Cache, "extend", rounded_extend)
     monkeypatch.setattr(Cache, "start", classmethod(rounded_start))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.model.config import HymbaConfig
 from hymba.ops.attention import Heads, QuantizedHeads, round_heads
-from hymba.ops.ring import ring_positions, ring_slots
+from hymba.ops.ring import ring_positions, ring_slots, write_ring
 
 
 class Slots(NamedTuple):
@@ -213,14 +213,14 @@ class Cache:
         ring = stored[0].shape[1] - meta
         written = _writes_first(window, steps)
         end = meta + self._used(ring, steps if written else 0)
-        own = _like(stored[0], k), _like(stored[1], v)
         if written:
-            _write_ring(stored, own, slots)
+            write_ring(*slots, (k, v), stored)
             keys, values = (each_part(lambda s: s[:, :end], held) for held in stored)
         else:
+            own = _like(stored[0], k), _like(stored[1], v)
             pairs = zip(stored, own, strict=True)
             keys, values = (each_part(lambda s, x: torch.cat((s[:, :end], x), dim=1), *pair) for pair in pairs)
-            _write_ring(stored, own, slots)
+            write_ring(*slots, own, stored)
         return keys, values
 
     def _used(self, ring: int, steps: int) -> int:
@@ -308,21 +308,6 @@ def _like(stored: Heads, own: Tensor) -> Heads:
     if own.requires_grad:
         raise HymbaError("a cache in 8 bits carries no gradients: run the model under torch.no_grad()")
     return round_heads(own)
-
-
-def _write_ring(stored: Sequence[Heads], own: Sequence[Heads], slots: Slots) -> None:
-    for buffer, new in zip(map(parts_of, stored), map(parts_of, own), strict=True):
-        for part, new_part in zip(buffer, new, strict=True):
-            _write_slots(part, new_part.detach().to(part.dtype), slots)
-
-
-def _write_slots(buffer: Tensor, new: Tensor, slots: Slots) -> None:
-    if slots.tokens is not None:
-        new = new[slots.rows, slots.tokens]
-    if slots.real is not None:  # padding puts back what its slot holds
-        real = slots.real.view(*slots.real.shape, *[1] * (new.ndim - 2))
-        new = torch.where(real, new, buffer[slots.rows, slots.slots])
-    buffer[slots.rows, slots.slots] = new
 
 
 def _writes_first(window: int | None, steps: int) -> bool:
