@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hymba.model.cache import Cache, Prefix, Slots
 from hymba.model.config import HymbaConfig
-from hymba.ops.attention import Mask
+from hymba.ops.attention import Mask, Plan
 from hymba.ops.rotary import rotary_tables
 
 
@@ -21,6 +22,7 @@ class Call:
     query_positions: (B, T). key_positions: by window, (B, S). slots: by window, where the call's keys are kept.
     rotary: cos and sin, (B, T, K/2).
     lengths: (B,) or None. documents, document_offsets: (B, T) or None.
+    pattern: a name for what is seen where sizes alone decide it, else None.
     """
 
     query_positions: Tensor
@@ -31,6 +33,8 @@ class Call:
     documents: Tensor | None
     document_offsets: Tensor | None
     output_attentions: bool
+    pattern: Hashable | None = None
+    _masks: dict[int | None, Mask] = field(default_factory=dict)
 
     @classmethod
     def place(
@@ -58,27 +62,39 @@ class Call:
         rotary_positions = natural if positions is None else positions + config.num_meta_tokens
         queries = natural if lengths is None else torch.where(columns < lengths[:, None], natural, -1)
         windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
+        key_positions = {window: memory.key_positions(window, queries) for window in windows}
         return cls(
             query_positions=queries,
-            key_positions={window: memory.key_positions(window, queries) for window in windows},
+            key_positions=key_positions,
             slots={window: memory.slots(window, lengths, steps) for window in windows},
             rotary=rotary_tables(rotary_positions, config.head_dim, base, x.dtype),
             lengths=lengths,
             documents=documents,
             document_offsets=None if documents is None else offsets,
             output_attentions=output_attentions,
+            pattern=_pattern(memory, lengths, documents, steps, next(iter(key_positions.values())).shape[1]),
         )
 
     def mask(self, window: int | None, num_meta: int) -> Mask:
-        """Return the keyword arguments that tell the attention op what may be seen."""
-        keys, key_documents = self.key_positions[window], self.documents
-        if key_documents is not None:  # the meta tokens before them belong to no document
-            key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
-        return {
-            "query_positions": self.query_positions,
-            "key_positions": keys,
-            "window": window,
-            "num_meta": num_meta,
-            "query_documents": self.documents,
-            "key_documents": key_documents,
-        }
+        """Return the keyword arguments that tell the attention op what may be seen, the same for each layer."""
+        if window not in self._masks:
+            keys, key_documents = self.key_positions[window], self.documents
+            if key_documents is not None:  # the meta tokens before them belong to no document
+                key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
+            self._masks[window] = {
+                "query_positions": self.query_positions,
+                "key_positions": keys,
+                "window": window,
+                "num_meta": num_meta,
+                "query_documents": self.documents,
+                "key_documents": key_documents,
+                "plan": Plan(self.pattern),
+            }
+        return self._masks[window]
+
+
+def _pattern(memory: Cache | Prefix, lengths: Tensor | None, documents: Tensor | None, *sizes: int) -> Hashable | None:
+    """Return a name for masks of (T, S) in which all rows are full texts behind the meta tokens, or None."""
+    if not isinstance(memory, Prefix) or lengths is not None or documents is not None:
+        return None
+    return "in order", *sizes

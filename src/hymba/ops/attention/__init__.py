@@ -9,7 +9,7 @@ from torch import Tensor
 from hymba.ops import gpu
 from hymba.ops.attention import cpu, native, reference
 from hymba.ops.attention.heads import Heads, QuantizedHeads, round_heads
-from hymba.ops.attention.reference import Mask, attention_weights, visible, weigh_values
+from hymba.ops.attention.reference import Mask, Plan, attention_weights, visible, weigh_values
 from hymba.ops.backend import choose
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -31,6 +31,7 @@ def attention(
     num_meta: int,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Grouped-query softmax attention under Hymba's mask, scaled by 1/√K.
 
@@ -48,6 +49,8 @@ def attention(
         window: W, or None in a global layer. The token exactly W back is visible.
         num_meta: M.
         query_documents, key_documents: (B, T) and (B, S) int64 document numbers of a packed row, or both None.
+        plan: where implementations keep what they work out from these arguments, for other calls with the same; or
+            None. It never changes the result.
 
     Returns:
         (B, T, H, V) in the dtype of `q`; rows of padding queries are zero.
@@ -62,6 +65,7 @@ def attention(
         num_meta=num_meta,
         query_documents=query_documents,
         key_documents=key_documents,
+        plan=plan,
     )
 
 
@@ -69,6 +73,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Heads",
     "Mask",
+    "Plan",
     "QuantizedHeads",
     "attention",
     "attention_weights",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.ops.attention.heads import Heads, QuantizedHeads
-from hymba.ops.attention.reference import visible
+from hymba.ops.attention.reference import Plan, visible
 
 # Queries taken together: many enough to keep the matrix units busy; in a sliding layer few enough that most of the
 # block's keys are in the window of most of its queries.
@@ -26,8 +26,10 @@ def attention(
     num_meta: int,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Fast path for :func:`hymba.ops.attention.attention`, same signature."""
+    del plan
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     outputs = []
     for start in range(0, q.shape[1], size):

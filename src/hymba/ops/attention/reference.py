@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Required, TypedDict, Unpack
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from hymba.ops.attention.heads import Heads, widen
 from hymba.ops.precision import accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where implementations keep what they work out from a mask, for the other layers that look through the same one.
+
+    pattern: a name for the mask where sizes alone decide it, the same in every call that has this mask; else None.
+    kept: by a name of the implementation's own.
+    """
+
+    pattern: Hashable | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class Mask(TypedDict, total=False):
@@ -20,6 +34,7 @@ class Mask(TypedDict, total=False):
     num_meta: Required[int]
     query_documents: Tensor | None
     key_documents: Tensor | None
+    plan: Plan | None
 
 
 def visible(
@@ -30,8 +45,10 @@ def visible(
     num_meta: int,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Return the mask (B, T, S): True where a query sees a key. See :func:`hymba.ops.attention.attention`."""
+    del plan  # the whole mask is too large to keep
     i, j = query_positions[:, :, None], key_positions[:, None, :]
     seen = (j >= 0) & (j <= i)
     if window is not None:
