@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs: few queries a row by the kernel below, as in decoding; the rest by torch.
+"""Attention on NVIDIA GPUs: few queries a row by the kernel below, as in decoding; many by FlexAttention.
 
 The kernel is bound by reading keys and values, so each is read once for all query heads that share it and for all
 queries of the row. Slots are split among programs ("flash decoding", arXiv 2311.01282): each walks its stretch with a
@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops import gpu
-from hymba.ops.attention import cpu
+from hymba.ops.attention import cpu, flex
 from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
 
-# Rows of a tile, a query head of a query each: more go to torch.
+# Rows of a tile, a query head of a query each: more go to FlexAttention.
 _MOST_ROWS = 64
 _NOWHERE = tl.constexpr(2**31 - 1)
 # The interpreter multiplies the bits of bfloat16 as if they were integers.
@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
         return cpu.attention(q, k, v, **mask)
     if _decodes(q, k, v, mask):
         return _decode(q, k, v, mask)
-    return cpu.attention(q, k, v, **mask)
+    return flex.attention(q, k, v, **mask)
 
 
 def _decodes(q: Tensor, k: Heads, v: Heads, mask: Mask) -> bool:
