@@ -182,7 +182,12 @@ def _serial_scan(all_of: Mapping[str, Callable[..., Any]]) -> dict[str, Callable
     def run(u: Tensor, *inputs: Any, **options: Any) -> Any:
         module: Any = importlib.import_module("hymba.ops.selective_scan.triton")
         before = module.tiles
-        module.tiles = lambda rows, steps, width: (*before(rows, steps, width)[:2], -(-steps // 64) * 64)
+
+        def uncut(rows: int, steps: int, width: int) -> Any:
+            whole = -(-steps // module.BLOCK) * module.BLOCK
+            return before(rows, steps, width)._replace(length=whole)
+
+        module.tiles = uncut
         try:
             return all_of["triton"](u, *inputs, **options)
         finally:
