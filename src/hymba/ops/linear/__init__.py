@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.linear import cpu, native, reference
 from hymba.ops.linear.weight import GROUP, QuantizedWeight, dequantize, round_to_int4, round_to_int8
@@ -15,6 +16,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.linear,
     "cpu": cpu.linear,
     "native": native.linear,
+    "triton": gpu.deferred("hymba.ops.linear.triton", "linear"),
 }
 
 
