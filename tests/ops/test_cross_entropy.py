@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
-from kernels import assert_close
+from kernels import DEVICE, assert_close
 from torch import Tensor
 
 from hymba.errors import HymbaError
-from hymba.ops import linear_cross_entropy, native, use_backend
-from hymba.ops.cross_entropy import native as loss
+from hymba.ops import gpu, linear_cross_entropy, native, use_backend
+from hymba.ops.backend import explain, usable
+from hymba.ops.cross_entropy import IMPLEMENTATIONS, cpu, liger
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -42,13 +47,70 @@ def test_equals_the_definition(
     level: str, dtype: torch.dtype, tolerance: float, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where blocks divide the rows unevenly, and where only the loss is wanted."""
-    monkeypatch.setattr(loss, "BLOCK", 5 * vocabulary)
+    monkeypatch.setattr(cpu, "BLOCK", 5 * vocabulary)
     inputs = problem(7, vocabulary, dtype)
     x, weight, targets = inputs
     ours = run("native", *inputs)
     assert [v.dtype for v in ours.values()] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
     assert_close(ours, run("reference", x.double(), weight.double(), targets), tolerance)
     assert torch.equal(linear_cross_entropy(x, weight, targets) / targets.numel(), ours["loss"])
+
+
+@pytest.mark.parametrize("name", usable(IMPLEMENTATIONS))
+@pytest.mark.parametrize("vocabulary", [1, 17, 3073])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2.0**-5)])
+def test_every_implementation_equals_the_definition(
+    name: str, dtype: torch.dtype, tolerance: float, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU if there is one; with gradients for either input alone, too."""
+    monkeypatch.setattr(cpu, "BLOCK", 5 * vocabulary)
+    monkeypatch.setattr(cpu, "GPU_BLOCK", 5 * vocabulary)
+    device = torch.device("cpu") if name == "native" else DEVICE
+    inputs = [v.to(device) for v in problem(7, vocabulary, dtype)]
+    expected = run("reference", *(v.double() if v.is_floating_point() else v for v in inputs))
+    assert_close(run(name, *inputs), expected, tolerance)
+    for i, gradient in enumerate(("d x", "d weight")):
+        leaf = inputs[i].clone().requires_grad_()
+        loss = IMPLEMENTATIONS[name](*inputs[:i], leaf, *inputs[i + 1 :])
+        (loss / 8).backward()
+        assert leaf.grad is not None
+        assert_close({gradient: leaf.grad}, {gradient: expected[gradient]}, tolerance)
+
+
+def test_liger_is_asked_for_the_sum_of_targets_that_are_not_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is called with, where it need not be installed."""
+    asked: dict[str, Any] = {}
+
+    def stand_in(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        asked.update(options, targets=targets, x=x)
+        return x.sum()
+
+    functional = ModuleType("liger_kernel.transformers.functional")
+    monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", stand_in, raising=False)
+    for module in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+    monkeypatch.setattr(gpu, "why_unfit", lambda x: "")
+    x, weight, targets = problem(3, 5, torch.float32)
+    liger.linear_cross_entropy(x, weight, targets)
+    assert asked["x"].shape == (6, 12)
+    assert asked["targets"].tolist() == targets.flatten().clamp(min=-1).tolist()
+    assert (asked["ignore_index"], asked["reduction"], asked["accum_dtype"]) == (-1, "sum", torch.float32)
+    asked.clear()
+    liger.linear_cross_entropy(x, weight.double(), targets)
+    liger.linear_cross_entropy(x, weight.requires_grad_(), targets)
+    assert asked == {}
+
+
+def test_it_is_told_why_liger_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "why_not", lambda: "")
+    monkeypatch.setattr(gpu, "interpreted", lambda: False)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    gpu.why_no_liger.cache_clear()
+    try:
+        assert explain(IMPLEMENTATIONS, "cuda") == "liger-kernel is not installed: pip install liger-kernel"
+    finally:
+        gpu.why_no_liger.cache_clear()
 
 
 def test_autocast_keeps_the_heads_gradient_wide(level: str) -> None:

@@ -18,14 +18,19 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.ops import gpu, native
 
-BACKENDS = ("reference", "cpu", "native", "triton")
+BACKENDS = ("reference", "cpu", "native", "triton", "liger")
 
-# Fastest first. "native" is C++; "cpu" is written in plain torch operations, so it also serves every other device.
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "cpu"), "cuda": ("triton", "cpu")}
+# Fastest first. "native" is C++, "liger" a package of kernels for training; "cpu" is written in plain torch operations,
+# so it also serves every other device.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "cpu"), "cuda": ("triton", "liger", "cpu")}
 _DEFAULT_ORDER = ("cpu",)
 
 # Why the backends that not every machine has cannot run, or "" if they can.
-_WHY_NOT: dict[str, Callable[[], str]] = {"native": native.why_not, "triton": gpu.why_not}
+_WHY_NOT: dict[str, Callable[[], str]] = {
+    "native": native.why_not,
+    "triton": gpu.why_not,
+    "liger": gpu.why_no_liger,
+}
 
 _forced: ContextVar[str | None] = ContextVar("hymba_backend", default=None)
 
@@ -71,10 +76,10 @@ def explain(implementations: Mapping[str, Callable], device_type: str) -> str:
     if forced:
         return "HYMBA_BACKEND asks for it" if name == forced else f"HYMBA_BACKEND asks for {forced!r}, which it lacks"
     if name in _WHY_NOT:
-        return f"C++ kernels, {native.level()}" if name == "native" else "Triton kernels"
-    for fastest in _ORDER.get(device_type, ())[:1]:
-        if fastest in implementations:
-            return _why_not(fastest)
+        return {"triton": "Triton kernels", "liger": "Liger's kernels"}.get(name) or f"C++ kernels, {native.level()}"
+    for faster in _ORDER.get(device_type, ()):
+        if faster in implementations:
+            return _why_not(faster) or "the fastest of its kind here"
     return "the fastest of its kind here" if len(implementations) > 1 else "the only one"
 
 

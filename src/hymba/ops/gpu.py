@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -74,6 +75,16 @@ def why_not() -> str:
     except Exception as error:  # no C compiler, another driver, …
         return f"Triton does not work here: {_first_line(error)}"
     return ""
+
+
+@functools.cache
+def why_no_liger() -> str:
+    """Return in one line why Liger's kernels cannot run here, or "" if they can."""
+    if interpreted():
+        return "Triton's interpreter does not run Liger's kernels"
+    if reason := why_not():
+        return reason
+    return "" if find_spec("liger_kernel") else "liger-kernel is not installed: pip install liger-kernel"
 
 
 def _reason_against_device() -> str:

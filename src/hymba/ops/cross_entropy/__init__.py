@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.ops import gpu
 from hymba.ops.backend import choose
-from hymba.ops.cross_entropy import native, reference
+from hymba.ops.cross_entropy import cpu, native, reference
 
 IMPLEMENTATIONS = {
     "reference": reference.linear_cross_entropy,
-    "cpu": reference.linear_cross_entropy,
+    "cpu": cpu.linear_cross_entropy,
     "native": native.linear_cross_entropy,
+    "liger": gpu.deferred("hymba.ops.cross_entropy.liger", "linear_cross_entropy"),
 }
 
 
