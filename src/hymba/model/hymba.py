@@ -18,13 +18,21 @@ from hymba.errors import HymbaError
 from hymba.model.cache import Cache, Prefix
 from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
+from hymba.model.projection import (
+    Linear,
+    RMSNorm,
+    StepProjection,
+    add_projected_mean,
+    add_projection,
+    project_gated,
+    project_norm,
+)
 from hymba.ops.attention import Heads, attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
-from hymba.ops.gated import gated_silu
 from hymba.ops.graph import side_by_side
 from hymba.ops.linear import linear
 from hymba.ops.precision import accumulate_dtype
-from hymba.ops.rms_norm import mean_of_norms, norm_parts, rms_norm
+from hymba.ops.rms_norm import norm_parts
 from hymba.ops.rotary import apply_rotary
 from hymba.ops.selective_scan import selective_scan
 
@@ -222,10 +230,8 @@ class HymbaLayer(nn.Module):
     ) -> LayerOutput:
         """Map (B, T, D) to (B, T, D). `keys` and `values` are the owner's: stored ones if this layer is the owner,
         complete ones if it is a consumer. They are arguments, so that gradient checkpointing sees them as values."""
-        out = self.mixer(self.input_norm(x), keys, values, conv_state, ssm_state, memory, call)
-        x = x + out.x
-        x = x + self.mlp(self.mlp_norm(x))
-        return out._replace(x=x)
+        out = self.mixer(x, self.input_norm, keys, values, conv_state, ssm_state, memory, call)
+        return out._replace(x=self.mlp(out.x, self.mlp_norm))
 
 
 Hymba.layer_class = HymbaLayer
@@ -259,6 +265,7 @@ class HybridMixer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        norm: RMSNorm,
         keys: Heads,
         values: Heads,
         conv_state: Tensor,
@@ -266,16 +273,15 @@ class HybridMixer(nn.Module):
         memory: Cache | Prefix,
         call: Call,
     ) -> LayerOutput:
-        """See :meth:`HymbaLayer.forward`."""
-        q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)
+        """Add both branches' view of the normed stream to the stream; see :meth:`HymbaLayer.forward`."""
+        q, *kv, u, gate = project_norm(norm, self.in_proj, x).split(self.widths, dim=-1)
         (attended, keys, values, weights), (scanned, conv_state, ssm_state) = side_by_side(
             x,
             lambda: self._attend(q, kv, keys, values, memory, call),
             lambda: self._scan(u, gate, conv_state, ssm_state, memory.in_place, call),
         )
-        weights_of_norms = self.attention_norm.weight, self.ssm_norm.weight
-        mixed = mean_of_norms(attended, scanned, *weights_of_norms, self.config.rms_norm_eps)
-        return LayerOutput(self.out_proj(mixed), keys, values, conv_state, ssm_state, weights)
+        x = add_projected_mean((self.attention_norm, self.ssm_norm), self.out_proj, attended, scanned, x)
+        return LayerOutput(x, keys, values, conv_state, ssm_state, weights)
 
     def _attend(
         self, q: Tensor, kv: Sequence[Tensor], keys: Heads, values: Heads, memory: Cache | Prefix, call: Call
@@ -344,22 +350,6 @@ class CausalConv(nn.Conv1d):
         )
 
 
-class Linear(nn.Linear):
-    """A projection through :func:`hymba.ops.linear.linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in) to (…, out)."""
-        return linear(x, self.weight, self.bias)
-
-
-class StepProjection(Linear):
-    """The projection to step sizes δ. It leaves its bias to the scan, which adds it in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, R) to (B, T, E), without the bias."""
-        return linear(x, self.weight)
-
-
 class MLP(nn.Module):
     """down( SiLU(gate x) · up x )."""
 
@@ -369,22 +359,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight; see :func:`hymba.ops.rms_norm.rms_norm`."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., width) to (..., width)."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Add the MLP of the normed stream to the stream (B, T, D)."""
+        return add_projection(self.down_proj, project_gated(norm, self.gate_proj, self.up_proj, x), x)
 
 
 def _version(parameter: Tensor) -> int:
