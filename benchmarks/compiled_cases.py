@@ -6,6 +6,7 @@ Tensors are on the CPU and hold anything: nothing is run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hymba.ops import probe
 from hymba.ops.attention import Mask, round_heads
 from hymba.ops.causal_conv1d.triton import causal_conv1d
 from hymba.ops.gated.triton import gated_silu
+from hymba.ops.linear import QuantizedWeight
 from hymba.ops.ring.triton import ring_positions, ring_slots, write_ring
 from hymba.ops.rms_norm.triton import mean_of_norms, norm_parts, rms_norm
 from hymba.ops.rotary.triton import apply_rotary
@@ -23,6 +25,16 @@ SIZES = ((1, 1), (2, 2048))  # rows and steps: of decoding, of training
 
 def _probe() -> None:
     probe.count(torch.zeros(16, dtype=torch.int32))
+
+
+def _weight(outputs: int, inputs: int, bits: int) -> Tensor | QuantizedWeight:
+    if bits == 16:
+        return torch.zeros(outputs, inputs, dtype=torch.bfloat16)
+    groups = -(-inputs // 64)
+    if bits == 8:
+        return QuantizedWeight(torch.zeros(outputs, inputs, dtype=torch.int8), torch.zeros(outputs), inputs)
+    values = torch.zeros(outputs, groups * 32, dtype=torch.uint8)
+    return QuantizedWeight(values, torch.zeros(outputs, groups, dtype=torch.bfloat16), inputs)
 
 
 def _ring() -> None:
@@ -122,11 +134,38 @@ def _attention() -> None:
         kernels.attention(q, keys, values, **mask)
 
 
+@torch.no_grad()
+def _linear(bits: int) -> None:
+    """In order: lm_head, x_proj, dt_proj; one row, 16 and 64."""
+    from hymba.ops.linear.triton import linear
+
+    for outputs, inputs in ((32001, 1600), (132, 3200), (3200, 100)):
+        for rows in (1, 16, 64):
+            linear(torch.zeros(rows, inputs, dtype=torch.bfloat16), _weight(outputs, inputs, bits))
+
+
+@torch.no_grad()
+def _projection(bits: int) -> None:
+    """In order: norm and in_proj; norm, gate and up; down_proj; norms and out_proj; one row and 16."""
+    from hymba.ops.projection import triton
+
+    norm, wide_norm = torch.ones(1600, dtype=torch.bfloat16), torch.ones(3200, dtype=torch.bfloat16)
+    for rows in (1, 16):
+        x, inner, hidden = (torch.zeros(rows, n, dtype=torch.bfloat16) for n in (1600, 3200, 5504))
+        triton.norm_linear(x, norm, 1e-6, _weight(8960, 1600, bits))
+        triton.norm_gated_linear(x, norm, 1e-6, _weight(5504, 1600, bits), _weight(5504, 1600, bits))
+        triton.linear_residual(hidden, _weight(1600, 5504, bits), x)
+        norms = (wide_norm, wide_norm)
+        triton.mean_of_norms_linear(inner, inner.clone(), *norms, 1e-6, _weight(1600, 3200, bits), x)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention": _attention,
     "causal_conv1d": _conv,
     "gated": _gated,
+    **{f"linear {bits} bits": partial(_linear, bits) for bits in (16, 8, 4)},
     "probe": _probe,
+    **{f"projection {bits} bits": partial(_projection, bits) for bits in (16, 8, 4)},
     "ring": _ring,
     "rms_norm": _norms,
     "rotary": _rotary,

@@ -132,6 +132,16 @@ def test_gradients_come_from_the_parts(op, bits):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("inputs", [1, 63, 64, 200, 1100])
+def test_dequantisation(inputs, bits):
+    weight = quantized(0, 7, inputs, bits, torch.float32)
+    for dtype in (torch.float32, torch.float16):
+        assert torch.equal(linear.dequantize(weight, dtype), dequantize(weight, dtype))
+    found, expected = linear.dequantize(weight, torch.bfloat16), dequantize(weight, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[torch.bfloat16], atol=0)
+
+
 def test_rows_of_no_tokens_and_of_many_go_to_torch():
     weight = quantized(0, 5, 64, 8, torch.bfloat16)
     for rows in (0, linear.MOST_ROWS + 1):

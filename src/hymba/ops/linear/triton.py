@@ -38,11 +38,22 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
     """Triton path for :func:`hymba.ops.linear.linear`, same signature.
 
     Takes up to ``MOST_ROWS`` rows in bfloat16 or float16, weights in the same dtype or quantised, where no gradient is
-    wanted; the rest goes to torch's product.
+    wanted. The rest is torch's product, for which quantised weights are written out, a block of outputs at a time.
     """
-    if why_unfit(x, weight, bias):
+    if not why_unfit(x, weight, bias):
+        return product(x, weight, bias=bias)
+    if isinstance(weight, Tensor) or gpu.why_unfit(x) or weight.values.device != x.device:
         return cpu.linear(x, weight, bias)
-    return product(x, weight, bias=bias)
+    return cpu.by_blocks(x, weight, bias, dequantize)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Triton path for :func:`hymba.ops.linear.dequantize`, for the dtypes of :mod:`hymba.ops.gpu`."""
+    values, scales = weight.values.contiguous(), weight.scales.contiguous()
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=values.device)
+    grid = (weight.out_features, triton.cdiv(weight.in_features, 1024))
+    _dequantize[grid](values, scales, out, K=weight.in_features, BITS=weight.bits, BLOCK_K=1024)
+    return out
 
 
 def why_unfit(x: Tensor, weight: Tensor | QuantizedWeight, *others: Tensor | None) -> str:
@@ -59,8 +70,8 @@ def why_unfit(x: Tensor, weight: Tensor | QuantizedWeight, *others: Tensor | Non
         return f"only 1 to {MOST_ROWS} rows"
     if not values.is_contiguous() or any(v.device != x.device for v in tensors):
         return "the weight is not dense, or on another device"
-    if values.dtype == torch.int8 and (x.shape[-1] % 4 or values.data_ptr() % 4):
-        return "rows of 8-bit weights are read in words of 4"
+    if values.element_size() == 1 and (values.shape[1] % 4 or values.data_ptr() % 4):
+        return "quantised weights are read in words of 4 bytes"
     return "autocast" if torch.is_autocast_enabled(x.device.type) else gpu.why_unfit(x)
 
 
@@ -153,6 +164,25 @@ def _tiles_of_several(bits: int, outputs: int, inputs: int, sources: int, pairs:
     step = max(64, min(triton.next_power_of_2(inputs), 128 if bits == 16 else 256))
     held = step * (block * bits // 8 * (2 if pairs else 1) + rows * 2 * sources)  # bytes of a step
     return Tiles(block, step, 4, min(6, max(2, (64 << 10) // held + 1)))
+
+
+@triton.jit
+def _dequantize(values, scales, out, K: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A stretch of the inputs of one output."""
+    n, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K
+    if BITS == 8:
+        k = start + tl.arange(0, BLOCK_K)
+        value = tl.load(values + n * K + k, mask=k < K, other=0).to(tl.float32)
+        tl.store(out + n * K + k, (value * tl.load(scales + n)).to(out.dtype.element_ty), mask=k < K)
+    else:
+        WIDTH: tl.constexpr = (K + 63) // 64 * 32
+        byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+        halves = tl.load(values + n * WIDTH + byte, mask=byte < WIDTH, other=0)
+        scale = tl.load(scales + n * (WIDTH // 32) + byte // 32, mask=byte < WIDTH, other=0.0).to(tl.float32)
+        k = byte // 32 * 64 + byte % 32
+        low, high = (halves & 15).to(tl.float32) - 8, (halves >> 4).to(tl.float32) - 8
+        tl.store(out + n * K + k, (low * scale).to(out.dtype.element_ty), mask=k < K)
+        tl.store(out + n * K + k + 32, (high * scale).to(out.dtype.element_ty), mask=k + 32 < K)
 
 
 @triton.jit
