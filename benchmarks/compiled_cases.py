@@ -14,6 +14,7 @@ from torch import Tensor
 from hymba.ops import probe
 from hymba.ops.attention import Mask, round_heads
 from hymba.ops.causal_conv1d.triton import causal_conv1d
+from hymba.ops.draw.triton import draw_tokens
 from hymba.ops.gated.triton import gated_silu
 from hymba.ops.linear import QuantizedWeight
 from hymba.ops.ring.triton import ring_positions, ring_slots, write_ring
@@ -68,6 +69,11 @@ def _conv() -> None:
     for taps in (2, 3):
         out, final = causal_conv1d(u, _narrow(3200, taps), bias, lengths=lengths)
         torch.autograd.backward((out, final), (torch.empty_like(out), torch.empty_like(final)))
+
+
+def _draw() -> None:
+    numbers = torch.zeros(8, dtype=torch.float64)
+    draw_tokens(torch.zeros(8, 32001), numbers, numbers.long(), numbers, numbers, numbers)
 
 
 def _gated() -> None:
@@ -162,6 +168,7 @@ def _projection(bits: int) -> None:
 CASES: dict[str, Callable[[], None]] = {
     "attention": _attention,
     "causal_conv1d": _conv,
+    "draw": _draw,
     "gated": _gated,
     **{f"linear {bits} bits": partial(_linear, bits) for bits in (16, 8, 4)},
     "probe": _probe,

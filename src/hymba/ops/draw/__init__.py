@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.draw import native, reference
 
-IMPLEMENTATIONS = {"reference": reference.draw_tokens, "cpu": reference.draw_tokens, "native": native.draw_tokens}
+IMPLEMENTATIONS = {
+    "reference": reference.draw_tokens,
+    "cpu": reference.draw_tokens,
+    "native": native.draw_tokens,
+    "triton": gpu.deferred("hymba.ops.draw.triton", "draw_tokens"),
+}
 
 
 def draw_tokens(
