@@ -149,7 +149,8 @@ def _tiles_of_one(bits: int, outputs: int, inputs: int, norms: int, pairs: bool)
     if step <= 512:
         return Tiles(max(1, 4096 // step), step, 4)
     share = 2 * norms + (2 if bits < 16 else 0) + (4 if bits == 4 else 0)
-    fill = max(1, triton.next_power_of_2(outputs // 1024 + 1) // 2)  # 1 for x_proj and out_proj, 4 for in_proj
+    outputs *= 2 if pairs else 1
+    fill = max(1, triton.next_power_of_2(outputs // 1024 + 1) // 2)  # 1 for x_proj and out_proj, 8 for in_proj
     block = min(8 if outputs < 16384 or bits > 4 else 16, fill + share)
     block = triton.next_power_of_2(block + 1) // 2 // (2 if pairs else 1)
     return Tiles(max(1, block), step, 8 if step > 2048 and bits == 16 else 4 if bits > 4 or step > 2048 else 2)
@@ -208,44 +209,54 @@ def _one_row(
     """A block of outputs of one row. The first weights are asked for before the norm is computed."""
     base = tl.program_id(0) * BLOCK_N
     n, left = tl.arange(0, BLOCK_N), N - base
-    first = _weights_of_one(weight, base, n, left, 0, K, BITS, BLOCK_K)
-    first_up = first
+    first, first_scale = _weights_of_one(weight, scales, base, n, left, 0, K, BITS, BLOCK_K)
+    first_up, first_up_scale = first, first_scale
     if up is not None:
-        first_up = _weights_of_one(up, base, n, left, 0, K, BITS, BLOCK_K)
+        first_up, first_up_scale = _weights_of_one(up, up_scales, base, n, left, 0, K, BITS, BLOCK_K)
+    scale, up_scale = _scales(scales, up_scales, base + n, n < left, BITS)
+    offset, stream = _around(bias, residual, base + n, base + n, n < left)
     x_factor, y_factor = 1.0, 1.0
     if x_norm is not None:
+        tl.debug_barrier()  # which no load is moved across: those of the weights stay in front of the norm's
         x_factor = _factor_of_one(x, eps, K)
     if y is not None:
         y_factor = _factor_of_one(y, eps, K)
     for start in tl.static_range(0, K, BLOCK_K):
         low, high = _inputs_of_one(x, y, x_norm, y_norm, x_factor, y_factor, start, K, BITS, BLOCK_K)
         if start == 0:
-            total = _products_of_one(first, scales, base, n, left, low, high, start, K, BITS, BLOCK_K)
+            total = _products_of_one(first, first_scale, low, high, BITS)
             if up is not None:
-                up_total = _products_of_one(first_up, up_scales, base, n, left, low, high, start, K, BITS, BLOCK_K)
+                up_total = _products_of_one(first_up, first_up_scale, low, high, BITS)
         else:
-            w = _weights_of_one(weight, base, n, left, start, K, BITS, BLOCK_K)
-            total += _products_of_one(w, scales, base, n, left, low, high, start, K, BITS, BLOCK_K)
+            w, group_scale = _weights_of_one(weight, scales, base, n, left, start, K, BITS, BLOCK_K)
+            total += _products_of_one(w, group_scale, low, high, BITS)
             if up is not None:
-                w = _weights_of_one(up, base, n, left, start, K, BITS, BLOCK_K)
-                up_total += _products_of_one(w, up_scales, base, n, left, low, high, start, K, BITS, BLOCK_K)
-    result = _scaled(tl.sum(total, 1), scales, base + n, n < left, BITS)
+                w, group_scale = _weights_of_one(up, up_scales, base, n, left, start, K, BITS, BLOCK_K)
+                up_total += _products_of_one(w, group_scale, low, high, BITS)
+    result = tl.sum(total, 1) * scale
     if up is not None:
-        result = _gated(result, _scaled(tl.sum(up_total, 1), up_scales, base + n, n < left, BITS), out)
-    result = _finished(result, bias, residual, base + n, base + n, n < left, out)
-    tl.store(out + base + n, result, mask=n < left)
+        result = _gated(result, tl.sum(up_total, 1) * up_scale, out)
+    tl.store(out + base + n, _finished(result, offset, stream, out), mask=n < left)
 
 
 @triton.jit
-def _weights_of_one(weight, base, n, left, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Entries (BLOCK_N, BLOCK_K) as they are stored, those of 8 and 4 bits as words of 4 and 8."""
+def _weights_of_one(weight, scales, base, n, left, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Entries (BLOCK_N, BLOCK_K) as they are stored, those of 8 and 4 bits as words of 4 and 8; and at 4 bits the
+    scales of half groups (BLOCK_N, BLOCK_K / 32)."""
     EACH: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     WIDTH: tl.constexpr = (K + 63) // 64 * 8 if BITS == 4 else K // EACH
     if BITS != 16:
         weight = weight.to(tl.pointer_type(tl.int32))
     at = start // EACH + tl.arange(0, BLOCK_K // EACH)
     pointers = weight + base.to(tl.int64) * WIDTH + n[:, None] * WIDTH + at[None, :]
-    return tl.load(pointers, mask=(n < left)[:, None] & (at < WIDTH)[None, :], other=0)
+    w = tl.load(pointers, mask=(n < left)[:, None] & (at < WIDTH)[None, :], other=0)
+    if BITS == 4:
+        GROUPS: tl.constexpr = (K + 63) // 64
+        group = start // 64 + tl.arange(0, BLOCK_K // 32) // 2
+        at = scales + base.to(tl.int64) * GROUPS + n[:, None] * GROUPS + group[None, :]
+        return w, tl.load(at, mask=(n < left)[:, None] & (group < GROUPS)[None, :], other=0.0).to(tl.float32)
+    else:
+        return w, 1.0
 
 
 @triton.jit
@@ -279,9 +290,7 @@ def _inputs_of_one(
 
 
 @triton.jit
-def _products_of_one(
-    w, scales, base, n, left, low, high, start, K: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _products_of_one(w, scale, low, high, BITS: tl.constexpr):
     """Products with the inputs; at 8 and 4 bits their sums over 16 bytes, at 4 bits times their scale.
 
     Bits moved to their place in the mantissa of 1.0 make a float without a conversion, which is slower: 1 + q / 256 of
@@ -301,12 +310,7 @@ def _products_of_one(
             high_half = ((byte & 0x780000) | one).to(tl.float32, bitcast=True)
             low *= 16
             products = tl.sum(low_half * low[None, :, :], 2) + tl.sum(high_half * high[None, :, :], 2)
-            part = 16 * products - tl.sum(16.5 * low + 24 * high, 1)[None, :]
-            GROUPS: tl.constexpr = (K + 63) // 64
-            group = start // 64 + tl.arange(0, BLOCK_K // 32) // 2
-            at = scales + base.to(tl.int64) * GROUPS + n[:, None] * GROUPS + group[None, :]
-            there = (n < left)[:, None] & (group < GROUPS)[None, :]
-            return part * tl.load(at, mask=there, other=0.0).to(tl.float32)
+            return (16 * products - tl.sum(16.5 * low + 24 * high, 1)[None, :]) * scale
 
 
 @triton.jit
@@ -347,6 +351,9 @@ def _several_rows(
     n, left = tl.arange(0, BLOCK_N), N - base
     rows = tl.arange(0, ROWS)[:, None]
     row = tl.minimum(rows, M - 1)
+    place, there = (base + n)[None, :], (n < left)[None, :]
+    scale, up_scale = _scales(scales, up_scales, place, there, BITS)
+    offset, stream = _around(bias, residual, place, row * residual_stride + place, there)
     x_factor, y_factor = 1.0, 1.0
     if x_norm is not None:
         x_factor = _factor(x + row * x_stride, eps, K, ROWS)
@@ -361,12 +368,10 @@ def _several_rows(
         total = _multiply(total, weight, scales, base, n, left, low, high, start, K, BITS, BLOCK_N, BLOCK_K)
         if up is not None:
             up_total = _multiply(up_total, up, up_scales, base, n, left, low, high, start, K, BITS, BLOCK_N, BLOCK_K)
-    place, there = (base + n)[None, :], (n < left)[None, :]
-    result = _scaled(total, scales, place, there, BITS)
+    result = total * scale
     if up is not None:
-        result = _gated(result, _scaled(up_total, up_scales, place, there, BITS), out)
-    result = _finished(result, bias, residual, place, row * residual_stride + place, there, out)
-    tl.store(out + rows * N + place, result, mask=there & (rows < M))
+        result = _gated(result, up_total * up_scale, out)
+    tl.store(out + rows * N + place, _finished(result, offset, stream, out), mask=there & (rows < M))
 
 
 @triton.jit
@@ -481,11 +486,25 @@ def _weighed(value, factor, weight):
 
 
 @triton.jit
-def _scaled(total, scales, place, there, BITS: tl.constexpr):
-    """Sums of products with 8-bit weights, each times the scale of its output."""
+def _scales(scales, up_scales, place, there, BITS: tl.constexpr):
+    """What sums of products with 8-bit weights are multiplied by, for both weights; asked for early."""
+    scale, up_scale = 1.0, 1.0
     if BITS == 8:
-        return total * tl.load(scales + place, mask=there, other=0.0)
-    return total
+        scale = tl.load(scales + place, mask=there, other=0.0)
+        if up_scales is not None:
+            up_scale = tl.load(up_scales + place, mask=there, other=0.0)
+    return scale, up_scale
+
+
+@triton.jit
+def _around(bias, residual, place, residual_at, there):
+    """The bias and the stream, or zeros."""
+    offset, stream = 0.0, 0.0
+    if bias is not None:
+        offset = tl.load(bias + place, mask=there, other=0.0).to(tl.float32)
+    if residual is not None:
+        stream = tl.load(residual + residual_at, mask=there, other=0.0).to(tl.float32)
+    return offset, stream
 
 
 @triton.jit
@@ -497,12 +516,7 @@ def _gated(gate, up, out):
 
 
 @triton.jit
-def _finished(result, bias, residual, place, residual_at, there, out):
+def _finished(result, bias, stream, out):
     """The result with its bias, rounded, and added to the stream."""
-    if bias is not None:
-        result += tl.load(bias + place, mask=there, other=0.0).to(tl.float32)
-    result = result.to(out.dtype.element_ty)
-    if residual is not None:
-        stream = tl.load(residual + residual_at, mask=there, other=0.0).to(tl.float32)
-        result = (stream + result.to(tl.float32)).to(out.dtype.element_ty)
-    return result
+    result = (result + bias).to(out.dtype.element_ty)
+    return (stream + result.to(tl.float32)).to(out.dtype.element_ty)
