@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
     from hymba.model import HymbaConfig
 
-OPS = ("attention", "selective_scan", "causal_conv1d", "linear", "rms_norm", "gated", "rotary", "cross_entropy", "draw")
+OPS = (
+    "attention",
+    "selective_scan",
+    "causal_conv1d",
+    "linear",
+    "projection",
+    "rms_norm",
+    "gated",
+    "rotary",
+    "cross_entropy",
+    "draw",
+)
 THOUSANDS = (1, 2, 4, 8, 16, 32)  # of tokens
 
 

@@ -7,6 +7,7 @@ from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.draw import draw_tokens
 from hymba.ops.gated import gated_silu
 from hymba.ops.linear import linear
+from hymba.ops.projection import linear_residual, mean_of_norms_linear, norm_gated_linear, norm_linear
 from hymba.ops.rms_norm import mean_of_norms, norm_parts, rms_norm
 from hymba.ops.rotary import apply_rotary, rotary_tables
 from hymba.ops.selective_scan import selective_scan
@@ -19,7 +20,11 @@ __all__ = [
     "gated_silu",
     "linear",
     "linear_cross_entropy",
+    "linear_residual",
     "mean_of_norms",
+    "mean_of_norms_linear",
+    "norm_gated_linear",
+    "norm_linear",
     "norm_parts",
     "rms_norm",
     "rotary_tables",
