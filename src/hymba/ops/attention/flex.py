@@ -113,8 +113,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _compiled(dynamic: bool) -> Callable[..., Tensor]:
-    """Return flex_attention compiled, for one set of sizes at a time or for all.
+def _compiled(dynamic: bool, backend: str | Callable = "inductor") -> Callable[..., Tensor]:
+    """Return flex_attention compiled, for one set of sizes at a time or for all, by one of torch.compile's backends.
 
     The backward pass is compiled with the forward one, so that a failure shows while torch's kernels can still serve;
     and one graph or an error, never the uncompiled function, which holds all scores in memory.
@@ -126,7 +126,7 @@ def _compiled(dynamic: bool) -> Callable[..., Tensor]:
     def call(*arguments: Any, **keywords: Any) -> Tensor:
         return flex_attention(*arguments, **keywords)
 
-    compiled = torch.compile(call, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(call, dynamic=dynamic, fullgraph=True, backend=backend)
     eager_backward = hasattr(torch._functorch.config, "force_non_lazy_backward_lowering")
 
     def run(*arguments: Any, **keywords: Any) -> Tensor:
