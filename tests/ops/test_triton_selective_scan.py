@@ -25,7 +25,7 @@ Ragged = dict[str, Tensor | None]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments so short that small problems have several; where kernels are interpreted, few channels at a time."""
-    cut = scan.Tiles(4, 4, 4, scan.BLOCK) if DEVICE.type == "cpu" else scan.Tiles(64, 8, 32, scan.BLOCK)
+    cut = scan.Tiles(4, 4, 16, scan.BLOCK) if DEVICE.type == "cpu" else scan.Tiles(64, 8, 32, scan.BLOCK)
     monkeypatch.setattr(scan, "tiles", lambda *sizes: cut)
 
 

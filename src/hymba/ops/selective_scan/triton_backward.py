@@ -17,7 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.selective_scan.triton_segments import combine, segment_buffers, state_strides, step_strides
-from hymba.ops.selective_scan.triton_steps import LOG2E, column, load_map, rates, sigmoid, step_sizes, with_column
+from hymba.ops.selective_scan.triton_steps import (
+    LOG2E,
+    column,
+    load_map,
+    load_tile,
+    rates,
+    sigmoid,
+    step_sizes,
+    store_tile,
+    with_column,
+)
+
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -46,20 +57,21 @@ def gradients(
         "has_gate": x.gate is not None,
         "num_warps": 1,
     }
-    flows, strides = grad_final, state_strides(grad_final)
     if segments > 1:
-        flows, strides = _segment_flows(x, grad_y, grad_final, cut, constants)
+        flow = _segment_flows(x, grad_y, grad_final, cut, constants)
+    else:
+        flow = torch.empty(rows, 1, states, width, dtype=torch.float32, device=kept.device)
+        flow[:, 0] = grad_final.transpose(1, 2)
     maps = [v.transpose(1, 2).contiguous() for v in (x.B, x.C)]
     stepped = [None if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x.u, x.dt, x.gate)]
-    shapes = ((rows, programs, states, steps),) * 2, ((rows, segments, states, width),), ((rows, segments, width),) * 2
-    sums = [torch.empty(s, dtype=torch.float32, device=kept.device) for s in (*shapes[0], *shapes[1], *shapes[2])]
-    flow, initial = torch.empty_like(sums[2]), None if x.initial_state is None else torch.empty_like(sums[2])
+    sums = [flow.new_empty(rows, programs, states, steps) for _ in range(2)]
+    sums += [torch.zeros_like(flow), *(flow.new_empty(rows, segments, width) for _ in range(2))]
+    initial = None if x.initial_state is None else torch.zeros_like(flow)
     first = state_strides(x.initial_state)
     _scan_back[programs, segments, rows](
-        *(x.u, x.dt, x.gate, *maps, x.A_log, x.D, x.dt_bias, kept, x.initial_state, x.lengths, x.document_offsets),
+        *(x.u, x.dt, x.gate, *maps, x.A_log, x.D, x.dt_bias, kept, x.initial_state, x.lengths, _keeps(x)),
         *(
             grad_y,
-            flows,
             flow,
             *stepped,
             *sums,
@@ -68,19 +80,28 @@ def gradients(
             *step_strides(x.dt),
             *step_strides(x.gate),
         ),
-        *(*step_strides(grad_y), *strides, first[0], *first[2:], steps, width, cut.length, 1),
+        *(*step_strides(grad_y), first[0], *first[2:], steps, width, cut.length, 1),
         **constants,
         channels=cut.back,
         block=block,
+        parts=2 if x.u.dtype == torch.float32 else 1,  # what is lost of the products is less than gradients lose
         has_initial=initial is not None,
     )
-    return _summed(x, stepped, sums, initial)
+    return _summed(stepped, sums, None if initial is None else initial.sum(1) + flow[:, 0])
 
 
-def _segment_flows(
-    x: Any, grad_y: Tensor, grad_final: Tensor, cut: Any, constants: dict[str, Any]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the flows that enter the segments from behind, and their strides."""
+def _keeps(x: Any) -> Tensor | None:
+    """Return (B, T) float32, 0 at steps that start a document and 1 at others; None without documents."""
+    if x.document_offsets is None:
+        return None
+    keeps = x.document_offsets != 0
+    if x.lengths is not None:
+        keeps = keeps | (torch.arange(x.u.shape[1], device=x.u.device) >= x.lengths[:, None])
+    return keeps.float()
+
+
+def _segment_flows(x: Any, grad_y: Tensor, grad_final: Tensor, cut: Any, constants: dict[str, Any]) -> Tensor:
+    """Return the flows that enter the segments from behind, (B, S, N, E)."""
     (rows, steps, width), states = x.u.shape, x.A_log.shape[1]
     segments = -(-steps // cut.length)
     ends, sums = segment_buffers(rows, segments, states, width, x.u.device)
@@ -91,18 +112,15 @@ def _segment_flows(
         channels=cut.channels,
         tile=cut.steps,
     )
-    flows = combine(ends, sums, x.A_log, grad_final, reverse=True)
-    return flows, (flows.stride(0), flows.stride(1), flows.stride(3), flows.stride(2))
+    return combine(ends, sums, x.A_log, grad_final, reverse=True)
 
 
-def _summed(
-    x: Any, stepped: list[Tensor | None], sums: list[Tensor], initial: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _summed(stepped: list[Tensor | None], sums: list[Tensor], initial: Tensor | None) -> tuple[Tensor | None, ...]:
     """Add up what programs have left; return the gradients in the order of the inputs."""
     grad_u, grad_dt, grad_gate = stepped
     grad_B, grad_C = (v.sum(1).transpose(1, 2) for v in sums[:2])
     grad_A, grad_D, grad_bias = (v.sum((0, 1)) for v in sums[2:])
-    grad_initial = None if initial is None else initial.sum(1).transpose(1, 2)
+    grad_initial = None if initial is None else initial.transpose(1, 2)
     return grad_u, grad_dt, grad_A.t(), grad_B, grad_C, grad_D, grad_bias, grad_gate, grad_initial
 
 
@@ -113,9 +131,19 @@ def _add(decay, x, next_decay, next_x):
 
 
 @triton.jit
-def _over_channels(x):
-    """Return the sums of a tile (channels, steps) over channels."""
-    return tl.sum(x, 0)
+def _sum_into_row(sums, k, x, parts: tl.constexpr):
+    """Put the sums of a tile (channels, steps) over channels in row k of `sums` (16 or more, steps).
+
+    A product with ones moves a value through shared memory once, where sums over lanes move it five times. The matrix
+    unit takes 11 bits of a factor (TF32): x goes in whole, which leaves those, or in two parts, for 22.
+    """
+    ones = tl.full((sums.shape[0], x.shape[0]), 1.0, tl.float32)
+    if parts == 1:
+        total = tl.dot(ones, x, input_precision="tf32")
+    else:
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        total = tl.dot(ones, x - high, tl.dot(ones, high, input_precision="tf32"), input_precision="tf32")
+    return tl.where((tl.arange(0, sums.shape[0]) == k)[:, None], total, sums)
 
 
 @triton.jit
@@ -128,7 +156,7 @@ def gated_gradient(grad_y, gate, grad_at, gate_at, written, has_gate: tl.constex
     return grad
 
 
-@triton.jit(do_not_specialize=["one", "flow_n", "initial_n"])  # which would tell of contiguity
+@triton.jit(do_not_specialize=["one", "initial_n"])  # which would tell of contiguity
 def _scan_back(
     u,
     dt,
@@ -141,9 +169,8 @@ def _scan_back(
     kept,
     initial,
     lengths,
-    offsets,
+    keeps,
     grad_y,
-    flows,
     flow,
     grad_u,
     grad_dt,
@@ -162,10 +189,6 @@ def _scan_back(
     gate_step,
     grad_row,
     grad_step,
-    flow_row,
-    flow_segment,
-    flow_e,
-    flow_n,
     initial_row,
     initial_e,
     initial_n,
@@ -177,28 +200,23 @@ def _scan_back(
     known: tl.constexpr,
     channels: tl.constexpr,
     block: tl.constexpr,
+    parts: tl.constexpr,
     has_lengths: tl.constexpr,
     has_documents: tl.constexpr,
     has_gate: tl.constexpr,
     has_initial: tl.constexpr,
 ):
-    """Differentiate one segment, given the flow that enters it from behind.
+    """Differentiate one segment.
 
-    B and C are (B, N, T). grad_B and grad_C are (B, programs, N, T), grad_A and grad_initial (B, S, N, E), grad_D and
-    grad_bias (B, S, E). Only the first segment's flow and restarts reach the initial state.
+    B and C are (B, N, T); keeps (B, T) is 0 where a document starts, else 1. flow (B, S, N, E) comes as what enters the segment from behind and becomes what leaves it.
+    grad_B and grad_C are (B, programs, N, T), grad_D and grad_bias (B, S, E). To grad_A and to grad_initial, which has
+    the part of documents that start, both (B, S, N, E), the segment's share is added.
     """
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    e, n, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, known), tl.arange(0, block)
+    e, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, block)
     inside, e = e < width, tl.minimum(e, width - 1)
-    held = inside[:, None] & (n < states)[None, :]
-    bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
-    flow_at = row * flow_row + segment * flow_segment + e[:, None] * flow_e + n[None, :] * flow_n
+    rows: tl.constexpr = max(known, 16)  # the least that a matrix product takes
     own = (row * tl.num_programs(1) + segment) * states * width + e * one
-    every = own[:, None] + n[None, :] * width
-    tl.store(flow + every, tl.load(flows + flow_at, mask=held, other=0.0).to(tl.float32), mask=held)
-    tl.store(grad_A + every, tl.zeros((channels, known), tl.float32), mask=held)
-    if has_initial:
-        tl.store(grad_initial + every, tl.zeros((channels, known), tl.float32), mask=held)
     sum_D, sum_bias = tl.zeros((channels,), tl.float32), tl.zeros((channels,), tl.float32)
     limit = tl.load(lengths + row) if has_lengths else steps
     last = tl.minimum((segment + 1) * length, steps)
@@ -206,18 +224,17 @@ def _scan_back(
     while first >= segment * length:
         tl.debug_barrier()  # what was written above, or in the block before, is read here
         t = first + r
-        at, valid, written = tl.minimum(t, steps - 1), (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
-        u_at = row * u_row + at[None, :] * u_step + e[:, None] * one
-        raw_at = row * dt_row + at[None, :] * dt_step + e[:, None] * one
-        gate_at = row * gate_row + at[None, :] * gate_step + e[:, None] * one
-        grad_at = row * grad_row + at[None, :] * grad_step + e[:, None] * one
-        delta = step_sizes(tl.load(dt + raw_at), bias, valid)
-        grad = gated_gradient(grad_y, gate, grad_at, gate_at, written, has_gate)
-        inner = delta * tl.load(u + u_at).to(tl.float32)
+        valid, written = (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
+        bias = tl.load(dt_bias + e * one).to(tl.float32)
+        delta = step_sizes(load_tile(dt + row * dt_row, e, t, dt_step, written, one), bias, valid)
+        grad = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
+        if has_gate:
+            gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
+            grad = grad * (gate_t * sigmoid(gate_t))
+        inner = delta * load_tile(u + row * u_row, e, t, u_step, written, one)
         out, to_inner = tl.zeros((channels, block), tl.float32), tl.zeros((channels, block), tl.float32)
         to_delta = tl.zeros((channels, block), tl.float32)
-        if has_documents:
-            restart = (tl.load(offsets + row * steps + at) == 0) & valid
+        sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
         k = 0
         while k < states:
             maps = (row * states + k) * steps + t
@@ -228,14 +245,13 @@ def _scan_back(
             back = tl.load(flow + mine, mask=inside, other=0.0)
             sum_A = tl.load(grad_A + mine, mask=inside, other=0.0)
             decay = tl.exp2(delta * rate[:, None])
-            x = inner * B_k[None, :]
-            carried, passed = decay, x
+            carried, passed = decay, inner * B_k[None, :]
             if has_documents:
-                start = tl.zeros((channels,), tl.float32)
+                keep = tl.load(keeps + row * steps + t, mask=t < steps, other=1.0)
+                carried = decay * keep[None, :]
                 if has_initial:
                     start = tl.load(initial + row * initial_row + e * initial_e + k * initial_n).to(tl.float32)
-                carried = tl.where(restart[None, :], 0.0, decay)
-                passed = tl.where(restart[None, :], x + decay * start[:, None], x)
+                    passed += (decay - carried) * start[:, None]
             passed = tl.where((r == 0)[None, :], passed + carried * entering[:, None], passed)
             _, state = tl.associative_scan((carried, passed), 1, _add)
             to_state = grad * C_k[None, :]
@@ -245,42 +261,41 @@ def _scan_back(
                 to_state = with_column(to_state, i, back, block)
                 back = column(carried, i, block) * back
             tl.store(flow + mine, back, mask=inside)
-            to_exponent = to_state * (state - x)
+            to_exponent = to_state * (state - inner * B_k[None, :])
             tl.store(grad_A + mine, sum_A + tl.sum(to_exponent * delta, 1) * rate * LN2, mask=inside)
             if has_documents and has_initial:
-                restarted = tl.sum(tl.where(restart[None, :], to_state * decay, 0.0), 1)
+                restarted = tl.sum(to_state * (decay - carried), 1)
                 restarted += tl.load(grad_initial + mine, mask=inside, other=0.0)
                 tl.store(grad_initial + mine, restarted, mask=inside)
             to_delta += to_exponent * rate[:, None]
             to_inner += to_state * B_k[None, :]
             out += state * C_k[None, :]
-            parts = ((row * tl.num_programs(0) + tl.program_id(0)) * states + k) * steps + t
-            tl.store(grad_B + parts, _over_channels(to_state * inner), mask=t < last)
-            tl.store(grad_C + parts, _over_channels(state * grad), mask=t < last)
+            sum_B = _sum_into_row(sum_B, k, to_state * inner, parts)
+            sum_C = _sum_into_row(sum_C, k, state * grad, parts)
             k += 1
-        write_at = (row * steps + at[None, :]) * width + e[:, None] * one
-        u_t = tl.load(u + u_at).to(tl.float32)
+        m = tl.arange(0, rows)
+        sums_at = ((row * tl.num_programs(0) + tl.program_id(0)) * states + m[:, None]) * steps + t[None, :]
+        tl.store(grad_B + sums_at, sum_B, mask=(m < states)[:, None] & (t < last)[None, :])
+        tl.store(grad_C + sums_at, sum_C, mask=(m < states)[:, None] & (t < last)[None, :])
+        place, t = row * steps * width, first * one + r  # `one` keeps the compiler from holding on to addresses
+        bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
+        u_t = load_tile(u + row * u_row, e, t, u_step, written, one)
         if has_gate:
-            gate_t = tl.load(gate + gate_at).to(tl.float32)
+            gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
             open_t = sigmoid(gate_t)
             slope = open_t * (1.0 + gate_t * (1.0 - open_t))
-            to_y = tl.load(grad_y + grad_at, mask=written, other=0.0).to(tl.float32) * (out + direct[:, None] * u_t)
-            tl.store(grad_gate + write_at, (to_y * slope).to(grad_gate.dtype.element_ty), mask=written)
-        to_u = to_inner * delta + direct[:, None] * grad
-        tl.store(grad_u + write_at, to_u.to(grad_u.dtype.element_ty), mask=written)
-        raw = tl.load(dt + raw_at).to(tl.float32) + bias[:, None]
+            to_y = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
+            store_tile(grad_gate + place, to_y * (out + direct[:, None] * u_t) * slope, e, t, width, written, one)
+        store_tile(grad_u + place, to_inner * delta + direct[:, None] * grad, e, t, width, written, one)
+        raw = load_tile(dt + row * dt_row, e, t, dt_step, written, one) + bias[:, None]
         to_raw = tl.where(valid[None, :], (to_delta * LN2 + to_inner * u_t) * sigmoid(raw), 0.0)
-        tl.store(grad_dt + write_at, to_raw.to(grad_dt.dtype.element_ty), mask=written)
+        store_tile(grad_dt + place, to_raw, e, t, width, written, one)
         sum_D += tl.sum(grad * u_t, 1)
         sum_bias += tl.sum(to_raw, 1)
         first -= block
-    place = (row * tl.num_programs(1) + segment) * width + e * one
-    tl.store(grad_D + place, sum_D, mask=inside)
-    tl.store(grad_bias + place, sum_bias, mask=inside)
-    if has_initial and segment == 0:
-        tl.debug_barrier()
-        flow_now = tl.load(flow + every, mask=held, other=0.0)
-        tl.store(grad_initial + every, flow_now + tl.load(grad_initial + every, mask=held, other=0.0), mask=held)
+    ends_at = (row * tl.num_programs(1) + segment) * width + e * one
+    tl.store(grad_D + ends_at, sum_D, mask=inside)
+    tl.store(grad_bias + ends_at, sum_bias, mask=inside)
 
 
 @triton.jit(do_not_specialize=["one"])

@@ -66,3 +66,15 @@ def step_sizes(dt, bias, valid):
 def load_map(places, n, states: tl.constexpr):
     """Return a step's B or C (known,) in float32, zero beyond the states that there are."""
     return tl.load(places) if states == n.shape[0] else tl.load(places, mask=n < states, other=0.0)
+
+
+@triton.jit
+def load_tile(row, e, t, stride, mask, one):
+    """Return (channels e, steps t) of a row in float32."""
+    return tl.load(row + (t.to(tl.int64)[None, :] * stride + e[:, None] * one), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(row, x, e, t, stride, mask, one):
+    """Write (channels e, steps t) of a row."""
+    tl.store(row + (t.to(tl.int64)[None, :] * stride + e[:, None] * one), x.to(row.dtype.element_ty), mask=mask)
