@@ -151,7 +151,7 @@ def _tiles_of_one(bits: int, outputs: int, inputs: int, norms: int, pairs: bool)
     share = 2 * norms + (2 if bits < 16 else 0) + (4 if bits == 4 else 0)
     outputs *= 2 if pairs else 1
     fill = max(1, triton.next_power_of_2(outputs // 1024 + 1) // 2)  # 1 for x_proj and out_proj, 8 for in_proj
-    block = min(8 if outputs < 16384 or bits > 4 else 16, fill + share)
+    block = min(8 if outputs < 16384 or bits > 4 else 16, fill + share if outputs > 1024 else 1)
     block = triton.next_power_of_2(block + 1) // 2 // (2 if pairs else 1)
     return Tiles(max(1, block), step, 8 if step > 2048 and bits == 16 else 4 if bits > 4 or step > 2048 else 2)
 
