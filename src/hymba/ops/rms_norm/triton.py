@@ -19,7 +19,7 @@ from hymba.ops.precision import result_dtype
 from hymba.ops.rms_norm import reference
 
 _PARTS = 3  # as many as a kernel takes
-_WIDEST = 16384  # a row lies in registers
+_WIDEST = 8192  # a row lies in registers
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
