@@ -165,6 +165,22 @@ def _projection(bits: int) -> None:
         triton.mean_of_norms_linear(inner, inner.clone(), *norms, 1e-6, _weight(1600, 3200, bits), x)
 
 
+def _scan() -> None:
+    """Decoding, drafts, a long row in segments and rows that fill the GPU, packed and not, forward and backward."""
+    from hymba.ops.selective_scan.triton import selective_scan
+
+    for rows, steps, packed in ((1, 1, False), (1, 8, False), (1, 2048, False), (8, 256, False), (8, 256, True)):
+        u, dt = _narrow(rows, steps, 3200), _narrow(rows, steps, 3200)
+        gate = _narrow(rows, steps, 8960)[..., 5760:]
+        maps, A_log, weights = (_narrow(rows, steps, 16) for _ in range(2)), _narrow(3200, 16), _narrow(3200)
+        state = torch.zeros(1, 3200, 16).expand(rows, -1, -1)
+        offsets = torch.zeros(rows, steps, dtype=torch.int64) if packed else None
+        _forward_and_backward(
+            partial(selective_scan, dt_bias=weights, gate=gate, initial_state=state, document_offsets=offsets),
+            *(u, dt, A_log, *maps, weights),
+        )
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention": _attention,
     "causal_conv1d": _conv,
@@ -176,4 +192,5 @@ CASES: dict[str, Callable[[], None]] = {
     "ring": _ring,
     "rms_norm": _norms,
     "rotary": _rotary,
+    "selective_scan": _scan,
 }

@@ -1,4 +1,4 @@
-"""The Triton scan against its definition: values, states and all gradients; on the CPU interpreted, hence few and small."""
+"""The Triton scan against its definition: values, states, all gradients; on a CPU interpreted, hence few and small."""
 
 from __future__ import annotations
 

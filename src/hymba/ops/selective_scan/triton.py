@@ -33,7 +33,7 @@ from hymba.ops.selective_scan.triton_steps import (
     with_column,
 )
 
-BLOCK = 16  # steps between the states that the backward pass starts from
+BLOCK = 8  # steps between the states that the backward pass starts from
 _FEW = 8  # steps up to which one kernel with all channels side by side does it all
 _SLOTS = 512  # programs of one warp that a large GPU runs at full speed: four on each of some 130 multiprocessors
 
@@ -79,7 +79,7 @@ class Tiles(NamedTuple):
     channels: int  # of a program that walks forward, or a gradient alone
     steps: int  # that it takes at a time
     back: int  # channels of a program that finds gradients, `BLOCK` steps at a time
-    length: int  # steps of a segment, a multiple of `BLOCK`
+    length: int  # steps of a segment, a multiple of `BLOCK`, and of 16 for vector loads
 
 
 class Inputs(NamedTuple):
@@ -101,8 +101,8 @@ class Inputs(NamedTuple):
         """Raise HymbaError unless all fits together on one device."""
         size, states = self.u.shape, self.A_log.shape[-1]
         (rows, steps, width), maps = size, (*size[:2], states)
-        wanted = (size, size, (width, states), maps, maps, (width,), (width,), size)
-        wanted = (*wanted, (rows, width, states), (rows,), (rows, steps))
+        per_step, per_channel = (size, size, (width, states), maps, maps), ((width,), (width,), size)
+        wanted = (*per_step, *per_channel, (rows, width, states), (rows,), (rows, steps))
         for name, x, shape in zip(self._fields, self, wanted, strict=True):
             if x is not None and (x.shape != shape or x.device != self.u.device):
                 raise HymbaError(
@@ -112,7 +112,8 @@ class Inputs(NamedTuple):
     def prepared(self, wide: bool) -> Inputs:
         """Return the inputs as kernels read them: last dimensions dense, B and C dense, and if `wide` in float32, for a
         scan that reads them once for every few channels."""
-        u, dt, gate = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (self.u, self.dt, self.gate))
+        u, dt = (x if x.stride(2) == 1 else x.contiguous() for x in (self.u, self.dt))
+        gate = self.gate if self.gate is None or self.gate.stride(2) == 1 else self.gate.contiguous()
         B, C = (x.float().contiguous() if wide else x.contiguous() for x in (self.B, self.C))
         A_log, D, bias = (x.contiguous() for x in (self.A_log, self.D, self.dt_bias))
         return Inputs(u, dt, A_log, B, C, D, bias, gate, *self[8:])
@@ -131,7 +132,8 @@ class _Scan(torch.autograd.Function):
         *inputs, kept = ctx.saved_tensors
         x = Inputs(*inputs)
         found = triton_backward.gradients(x.prepared(wide=True), kept, grad_y, grad_final, tiles(*x.u.shape), BLOCK)
-        return *(v if v is None else v.to(own.dtype) for v, own in zip(found, x[:9], strict=True)), None, None
+        own = (v if v is None else v.dtype for v in x[:9])
+        return *(v if v is None else v.to(dtype) for v, dtype in zip(found, own, strict=True)), None, None
 
 
 def _forward(x: Inputs, final_state: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -158,8 +160,7 @@ def tiles(rows: int, steps: int, width: int) -> Tiles:
     channels = 64 if width > 32 else 32
     programs = rows * -(-width // channels) * (channels // 32)
     segments = max(1, 4 * _SLOTS // programs) if 2 * programs <= _SLOTS else 1
-    blocks = -(-steps // BLOCK)
-    return Tiles(channels, 8, 32, BLOCK * max(4, -(-blocks // segments)))
+    return Tiles(channels, 8, 32, max(64, -(-steps // (16 * segments)) * 16))
 
 
 def _launch_few(x: Inputs, y: Tensor, final: Tensor) -> None:
@@ -197,6 +198,7 @@ def _launch_scan(x: Inputs, y: Tensor, final: Tensor, keep: bool) -> Tensor | No
         "num_warps": 1,
     }
     grid = (-(-width // cut.channels), segments, rows)
+    strides: tuple[int, ...]
     start, strides, target = x.initial_state, state_strides(x.initial_state), final
     if segments > 1:
         start, strides = _segment_starts(x, grid, cut.length, constants)
@@ -314,7 +316,7 @@ def _scan(
         inner, out = delta * u_t, direct[:, None] * u_t
         for i in tl.static_range(tile):
             step = tl.minimum(first + i, steps - 1)
-            if has_documents:
+            if has_documents:  # noqa: SIM102 (known when compiled)
                 if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
                     state = tl.zeros((channels, known), tl.float32)
                     if has_initial:
@@ -387,7 +389,7 @@ def _scan_locally(
         total += tl.sum(delta, 1)
         for i in tl.static_range(tile):
             step = tl.minimum(first + i, steps - 1)
-            if has_documents:
+            if has_documents:  # noqa: SIM102 (known when compiled)
                 if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
                     cut = 1
                     state = tl.zeros((channels, known), tl.float32)

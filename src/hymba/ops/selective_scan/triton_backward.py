@@ -29,7 +29,6 @@ from hymba.ops.selective_scan.triton_steps import (
     with_column,
 )
 
-
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -208,7 +207,8 @@ def _scan_back(
 ):
     """Differentiate one segment.
 
-    B and C are (B, N, T); keeps (B, T) is 0 where a document starts, else 1. flow (B, S, N, E) comes as what enters the segment from behind and becomes what leaves it.
+    B and C are (B, N, T); keeps (B, T) is 0 where a document starts, else 1.
+    flow (B, S, N, E) comes as what enters the segment from behind and becomes what leaves it.
     grad_B and grad_C are (B, programs, N, T), grad_D and grad_bias (B, S, E). To grad_A and to grad_initial, which has
     the part of documents that start, both (B, S, N, E), the segment's share is added.
     """
@@ -354,7 +354,7 @@ def _flow_locally(
             C_t = load_map(C + (row * steps + step) * states + n, n, states)
             flow += column(grad, i, tile)[:, None] * C_t[None, :]
             flow *= tl.exp2(column(delta, i, tile)[:, None] * A)
-            if has_documents:
+            if has_documents:  # noqa: SIM102 (known when compiled)
                 if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
                     cut = 1
                     flow = tl.zeros((channels, known), tl.float32)

@@ -1,4 +1,4 @@
-"""Segments of time put together: what enters each, from what each leaves on its own (arXiv 2312.00752, section 3.3.2)."""
+"""Segments of time put together: what enters each, from what each leaves (arXiv 2312.00752, section 3.3.2)."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x):
+    """Return 1 / (1 + exp(−x))."""
     return reciprocal(1.0 + tl.exp2(x * -LOG2E))
 
 
