@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernels import DEVICE, assert_close
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from hymba.ops.attention import IMPLEMENTATIONS, Plan, flex, reference, visible
 
@@ -170,6 +171,23 @@ def test_the_gpu_path_trains(packed, dtype):
         results.append(dict(zip("oqkv", (out, *(x.grad for x in leaves)), strict=True)))
     assert_close(results[1], results[0], 1e-4 if dtype == torch.float32 else 3e-2)
     assert not flex._broken
+
+
+def test_recomputed_layers_share_the_mask_too():
+    """Gradient checkpointing runs layers again in the backward pass, under the plan of the first time."""
+    mask = problem(7, 200, 0, 3, False) | {"window": 50, "plan": Plan()}
+    gradients = []
+    for again in (False, True):
+        q, k, v = (x.requires_grad_() for x in heads(7, mask, torch.float32))
+
+        def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = flex.attend(q, k, v, mask, uncompiled)
+            return flex.attend(q + out[..., :16], k, v, mask, uncompiled)
+
+        out = checkpoint(layers, q, k, v, use_reentrant=False) if again else layers(q, k, v)
+        out.square().sum().backward()
+        gradients.append([x.grad for x in (q, k, v)])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_failure_is_told_once_and_torch_serves(monkeypatch, caplog):

@@ -66,9 +66,9 @@ class _Tiles(NamedTuple):
 def _tiles(groups: int, slots: int, entry_bytes: int, tile_rows: int) -> _Tiles:
     """Return how to cut `slots` slots for `groups` pairs of a row and a KV head; from sizes alone.
 
-    A block of keys and values in flight is 24 KB in bfloat16, and some 4 programs share a multiprocessor. Few pairs
-    are split until there are two programs for each multiprocessor, for what a row then waits for is latency. Many
-    are split into four times what runs at once, so that the last wave is small beside the rest.
+    A block of keys and values in flight is 24 KB in bfloat16, and registers let two programs share a multiprocessor,
+    of which an H200 has 132. Few pairs are split into as many programs as run at once, for what a row then waits for is
+    latency; many into eight times as many, so that the last wave is small beside the rest.
     """
     block = 64 if entry_bytes <= 2 else 32
     blocks = triton.cdiv(slots, block)
