@@ -86,7 +86,7 @@ def test_slots_that_nobody_sees_are_not_read(dtype, poisoned):
     assert not wanted[-1].any()
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(1, 300), (3, 130)])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 200), (3, 70)])
 def test_the_number_of_splits_changes_little_and_repeats(rows, slots, monkeypatch):
     heads, positions = problem(1, slots, 1, 10, 2, (64, 128), torch.float32)
     mask = {**{name: x[:rows] for name, x in positions.items()}, "window": None, "num_meta": 4}
@@ -119,3 +119,10 @@ def test_what_has_no_kernel_goes_to_torch(steps):
         torch.testing.assert_close(
             out.double(), reference.attention(*(x.double() for x in heads), **mask), atol=1e-5, rtol=1e-5
         )
+
+
+def test_many_splits_are_merged_in_parts(monkeypatch):
+    (q, k, v), positions = problem(4, 560, 1, 3, 1, (16, 16), torch.float32)
+    rows = {name: x[:1] for name, x in positions.items()} | {"window": None, "num_meta": 0}
+    monkeypatch.setattr(kernels, "_tiles", lambda *sizes: kernels._Tiles(slots=16, blocks=1, splits=35, warps=4))
+    check([3 * q[:1], k[:1], v[:1]], rows, 2e-5)
