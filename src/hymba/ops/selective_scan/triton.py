@@ -26,6 +26,7 @@ from hymba.ops.selective_scan.triton_steps import (
     LOG2E,
     column,
     load_map,
+    load_state,
     rates,
     sigmoid,
     softplus,
@@ -295,10 +296,8 @@ def _scan(
     held = inside[:, None] & (n < states)[None, :]
     A = rates(A_log, e, n, one, states)
     bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
-    state = tl.zeros((channels, known), tl.float32)
-    if has_start:
-        entering = row * start_row + segment * start_segment + e[:, None] * start_e + n[None, :] * start_n
-        state = tl.load(start + entering, mask=held, other=0.0)
+    entering = row * start_row + segment * start_segment + e[:, None] * start_e + n[None, :] * start_n
+    state = load_state(start, entering, held, has_start)
     limit = tl.load(lengths + row) if has_lengths else steps
     last = tl.minimum((segment + 1) * length, steps)
     first = segment * length
@@ -318,10 +317,8 @@ def _scan(
             step = tl.minimum(first + i, steps - 1)
             if has_documents:  # noqa: SIM102 (known when compiled)
                 if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
-                    state = tl.zeros((channels, known), tl.float32)
-                    if has_initial:
-                        begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
-                        state = tl.load(initial + begin, mask=held, other=0.0)
+                    begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
+                    state = load_state(initial, begin, held, has_initial)
             maps = (row * steps + step) * states + n
             B_t, C_t = load_map(B + maps, n, states), load_map(C + maps, n, states)
             decay = tl.exp2(column(delta, i, tile)[:, None] * A)
@@ -392,10 +389,8 @@ def _scan_locally(
             if has_documents:  # noqa: SIM102 (known when compiled)
                 if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
                     cut = 1
-                    state = tl.zeros((channels, known), tl.float32)
-                    if has_initial:
-                        begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
-                        state = tl.load(initial + begin, mask=held, other=0.0)
+                    begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
+                    state = load_state(initial, begin, held, has_initial)
             B_t = load_map(B + (row * steps + step) * states + n, n, states)
             decay = tl.exp2(column(delta, i, tile)[:, None] * A)
             state = decay * state + column(inner, i, tile)[:, None] * B_t[None, :]

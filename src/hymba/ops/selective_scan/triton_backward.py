@@ -69,17 +69,9 @@ def gradients(
     first = state_strides(x.initial_state)
     _scan_back[programs, segments, rows](
         *(x.u, x.dt, x.gate, *maps, x.A_log, x.D, x.dt_bias, kept, x.initial_state, x.lengths, _keeps(x)),
-        *(
-            grad_y,
-            flow,
-            *stepped,
-            *sums,
-            initial,
-            *step_strides(x.u),
-            *step_strides(x.dt),
-            *step_strides(x.gate),
-        ),
-        *(*step_strides(grad_y), first[0], *first[2:], steps, width, cut.length, 1),
+        *(grad_y, flow, *stepped, *sums, initial),
+        *(*step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate), *step_strides(grad_y)),
+        *(first[0], *first[2:], steps, width, cut.length, 1),
         **constants,
         channels=cut.back,
         block=block,
@@ -153,6 +145,141 @@ def gated_gradient(grad_y, gate, grad_at, gate_at, written, has_gate: tl.constex
         gate_t = tl.load(gate + gate_at).to(tl.float32)
         grad = grad * (gate_t * sigmoid(gate_t))
     return grad
+
+
+@triton.jit
+def _state_back(
+    row,
+    own,
+    e,
+    t,
+    r,
+    first,
+    inside,
+    delta,
+    grad,
+    inner,
+    k,
+    to_inner,
+    to_delta,
+    out,
+    sum_B,
+    sum_C,
+    B,
+    C,
+    A_log,
+    kept,
+    initial,
+    keeps,
+    flow,
+    grad_A,
+    grad_initial,
+    initial_row,
+    initial_e,
+    initial_n,
+    steps,
+    width,
+    one,
+    states: tl.constexpr,
+    block: tl.constexpr,
+    parts: tl.constexpr,
+    has_documents: tl.constexpr,
+    has_initial: tl.constexpr,
+):
+    """Walk state k through a block and its gradient back; return the block's sums with its part."""
+    maps = (row * states + k) * steps + t
+    B_k, C_k = tl.load(B + maps, mask=t < steps, other=0.0), tl.load(C + maps, mask=t < steps, other=0.0)
+    rate = -tl.exp2(tl.load(A_log + e * states + k).to(tl.float32) * LOG2E) * LOG2E
+    entering = tl.load(kept + ((row * tl.cdiv(steps, block) + first // block) * states + k) * width + e * one)
+    mine = own + k * width
+    back = tl.load(flow + mine, mask=inside, other=0.0)
+    sum_A = tl.load(grad_A + mine, mask=inside, other=0.0)
+    decay = tl.exp2(delta * rate[:, None])
+    carried, passed = decay, inner * B_k[None, :]
+    if has_documents:
+        keep = tl.load(keeps + row * steps + t, mask=t < steps, other=1.0)
+        carried = decay * keep[None, :]
+        if has_initial:
+            start = tl.load(initial + row * initial_row + e * initial_e + k * initial_n).to(tl.float32)
+            passed += (decay - carried) * start[:, None]
+    passed = tl.where((r == 0)[None, :], passed + carried * entering[:, None], passed)
+    _, state = tl.associative_scan((carried, passed), 1, _add)
+    to_state = grad * C_k[None, :]
+    for j in tl.static_range(block):
+        i = block - 1 - j
+        back += column(to_state, i, block)
+        to_state = with_column(to_state, i, back, block)
+        back = column(carried, i, block) * back
+    tl.store(flow + mine, back, mask=inside)
+    to_exponent = to_state * (state - inner * B_k[None, :])
+    tl.store(grad_A + mine, sum_A + tl.sum(to_exponent * delta, 1) * rate * LN2, mask=inside)
+    if has_documents and has_initial:
+        restarted = tl.sum(to_state * (decay - carried), 1)
+        restarted += tl.load(grad_initial + mine, mask=inside, other=0.0)
+        tl.store(grad_initial + mine, restarted, mask=inside)
+    to_delta += to_exponent * rate[:, None]
+    to_inner += to_state * B_k[None, :]
+    out += state * C_k[None, :]
+    sum_B = _sum_into_row(sum_B, k, to_state * inner, parts)
+    sum_C = _sum_into_row(sum_C, k, state * grad, parts)
+    return to_inner, to_delta, out, sum_B, sum_C
+
+
+@triton.jit
+def _write_block(
+    row,
+    first,
+    r,
+    e,
+    valid,
+    written,
+    delta,
+    grad,
+    to_inner,
+    to_delta,
+    out,
+    sum_D,
+    sum_bias,
+    u,
+    dt,
+    gate,
+    D,
+    dt_bias,
+    keeps,
+    grad_y,
+    grad_u,
+    grad_dt,
+    grad_gate,
+    u_row,
+    u_step,
+    dt_row,
+    dt_step,
+    gate_row,
+    gate_step,
+    grad_row,
+    grad_step,
+    steps,
+    width,
+    one,
+    has_gate: tl.constexpr,
+):
+    """Write the gradients of a block's steps; return the sums over steps with its part."""
+    place, t = row * steps * width, first * one + r  # `one` keeps the compiler from holding on to addresses
+    bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
+    u_t = load_tile(u + row * u_row, e, t, u_step, written, one)
+    if has_gate:
+        gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
+        open_t = sigmoid(gate_t)
+        slope = open_t * (1.0 + gate_t * (1.0 - open_t))
+        to_y = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
+        store_tile(grad_gate + place, to_y * (out + direct[:, None] * u_t) * slope, e, t, width, written, one)
+    store_tile(grad_u + place, to_inner * delta + direct[:, None] * grad, e, t, width, written, one)
+    raw = load_tile(dt + row * dt_row, e, t, dt_step, written, one) + bias[:, None]
+    to_raw = tl.where(valid[None, :], (to_delta * LN2 + to_inner * u_t) * sigmoid(raw), 0.0)
+    store_tile(grad_dt + place, to_raw, e, t, width, written, one)
+    sum_D += tl.sum(grad * u_t, 1)
+    sum_bias += tl.sum(to_raw, 1)
+    return sum_D, sum_bias
 
 
 @triton.jit(do_not_specialize=["one", "initial_n"])  # which would tell of contiguity
@@ -237,61 +364,86 @@ def _scan_back(
         sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
         k = 0
         while k < states:
-            maps = (row * states + k) * steps + t
-            B_k, C_k = tl.load(B + maps, mask=t < steps, other=0.0), tl.load(C + maps, mask=t < steps, other=0.0)
-            rate = -tl.exp2(tl.load(A_log + e * states + k).to(tl.float32) * LOG2E) * LOG2E
-            entering = tl.load(kept + ((row * tl.cdiv(steps, block) + first // block) * states + k) * width + e * one)
-            mine = own + k * width
-            back = tl.load(flow + mine, mask=inside, other=0.0)
-            sum_A = tl.load(grad_A + mine, mask=inside, other=0.0)
-            decay = tl.exp2(delta * rate[:, None])
-            carried, passed = decay, inner * B_k[None, :]
-            if has_documents:
-                keep = tl.load(keeps + row * steps + t, mask=t < steps, other=1.0)
-                carried = decay * keep[None, :]
-                if has_initial:
-                    start = tl.load(initial + row * initial_row + e * initial_e + k * initial_n).to(tl.float32)
-                    passed += (decay - carried) * start[:, None]
-            passed = tl.where((r == 0)[None, :], passed + carried * entering[:, None], passed)
-            _, state = tl.associative_scan((carried, passed), 1, _add)
-            to_state = grad * C_k[None, :]
-            for j in tl.static_range(block):
-                i = block - 1 - j
-                back += column(to_state, i, block)
-                to_state = with_column(to_state, i, back, block)
-                back = column(carried, i, block) * back
-            tl.store(flow + mine, back, mask=inside)
-            to_exponent = to_state * (state - inner * B_k[None, :])
-            tl.store(grad_A + mine, sum_A + tl.sum(to_exponent * delta, 1) * rate * LN2, mask=inside)
-            if has_documents and has_initial:
-                restarted = tl.sum(to_state * (decay - carried), 1)
-                restarted += tl.load(grad_initial + mine, mask=inside, other=0.0)
-                tl.store(grad_initial + mine, restarted, mask=inside)
-            to_delta += to_exponent * rate[:, None]
-            to_inner += to_state * B_k[None, :]
-            out += state * C_k[None, :]
-            sum_B = _sum_into_row(sum_B, k, to_state * inner, parts)
-            sum_C = _sum_into_row(sum_C, k, state * grad, parts)
+            to_inner, to_delta, out, sum_B, sum_C = _state_back(
+                row,
+                own,
+                e,
+                t,
+                r,
+                first,
+                inside,
+                delta,
+                grad,
+                inner,
+                k,
+                to_inner,
+                to_delta,
+                out,
+                sum_B,
+                sum_C,
+                B,
+                C,
+                A_log,
+                kept,
+                initial,
+                keeps,
+                flow,
+                grad_A,
+                grad_initial,
+                initial_row,
+                initial_e,
+                initial_n,
+                steps,
+                width,
+                one,
+                states,
+                block,
+                parts,
+                has_documents,
+                has_initial,
+            )
             k += 1
         m = tl.arange(0, rows)
         sums_at = ((row * tl.num_programs(0) + tl.program_id(0)) * states + m[:, None]) * steps + t[None, :]
         tl.store(grad_B + sums_at, sum_B, mask=(m < states)[:, None] & (t < last)[None, :])
         tl.store(grad_C + sums_at, sum_C, mask=(m < states)[:, None] & (t < last)[None, :])
-        place, t = row * steps * width, first * one + r  # `one` keeps the compiler from holding on to addresses
-        bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
-        u_t = load_tile(u + row * u_row, e, t, u_step, written, one)
-        if has_gate:
-            gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
-            open_t = sigmoid(gate_t)
-            slope = open_t * (1.0 + gate_t * (1.0 - open_t))
-            to_y = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
-            store_tile(grad_gate + place, to_y * (out + direct[:, None] * u_t) * slope, e, t, width, written, one)
-        store_tile(grad_u + place, to_inner * delta + direct[:, None] * grad, e, t, width, written, one)
-        raw = load_tile(dt + row * dt_row, e, t, dt_step, written, one) + bias[:, None]
-        to_raw = tl.where(valid[None, :], (to_delta * LN2 + to_inner * u_t) * sigmoid(raw), 0.0)
-        store_tile(grad_dt + place, to_raw, e, t, width, written, one)
-        sum_D += tl.sum(grad * u_t, 1)
-        sum_bias += tl.sum(to_raw, 1)
+        sum_D, sum_bias = _write_block(
+            row,
+            first,
+            r,
+            e,
+            valid,
+            written,
+            delta,
+            grad,
+            to_inner,
+            to_delta,
+            out,
+            sum_D,
+            sum_bias,
+            u,
+            dt,
+            gate,
+            D,
+            dt_bias,
+            keeps,
+            grad_y,
+            grad_u,
+            grad_dt,
+            grad_gate,
+            u_row,
+            u_step,
+            dt_row,
+            dt_step,
+            gate_row,
+            gate_step,
+            grad_row,
+            grad_step,
+            steps,
+            width,
+            one,
+            has_gate,
+        )
         first -= block
     ends_at = (row * tl.num_programs(1) + segment) * width + e * one
     tl.store(grad_D + ends_at, sum_D, mask=inside)

@@ -79,3 +79,12 @@ def load_tile(row, e, t, stride, mask, one):
 def store_tile(row, x, e, t, stride, mask, one):
     """Write (channels e, steps t) of a row."""
     tl.store(row + (t.to(tl.int64)[None, :] * stride + e[:, None] * one), x.to(row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_state(states, places, held, exists: tl.constexpr):
+    """Return a tile (channels, states) in float32, zero where nothing is held or there is no such tensor."""
+    state = tl.zeros(held.shape, tl.float32)
+    if exists:
+        state = tl.load(states + places, mask=held, other=0.0).to(tl.float32)
+    return state
