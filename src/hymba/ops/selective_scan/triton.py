@@ -321,17 +321,17 @@ def _scan(
                     state = load_state(initial, begin, held, has_initial)
             maps = (row * steps + step) * states + n
             B_t, C_t = load_map(B + maps, n, states), load_map(C + maps, n, states)
-            decay = tl.exp2(column(delta, i, tile)[:, None] * A)
-            state = decay * state + column(inner, i, tile)[:, None] * B_t[None, :]
+            state = (
+                tl.exp2(column(delta, i, tile)[:, None] * A) * state + column(inner, i, tile)[:, None] * B_t[None, :]
+            )
             out = with_column(out, i, column(out, i, tile) + tl.sum(state * C_t[None, :], 1), tile)
         if has_gate:
             out = out * (gate_t * sigmoid(gate_t))
         out_at = (row * steps + at[None, :]) * width + e[:, None] * one
         tl.store(y + out_at, out.to(y.dtype.element_ty), mask=written)
         first += tile
-    if last == steps:
-        place = row * final_row + e[:, None] * final_e + n[None, :] * final_n
-        tl.store(final + place, state, mask=held)
+    place = row * final_row + e[:, None] * final_e + n[None, :] * final_n
+    tl.store(final + place, state, mask=held & (last == steps))
 
 
 @triton.jit(do_not_specialize=["one", "initial_n"])

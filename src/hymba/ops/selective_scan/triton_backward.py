@@ -364,86 +364,26 @@ def _scan_back(
         sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
         k = 0
         while k < states:
+            # fmt: off
             to_inner, to_delta, out, sum_B, sum_C = _state_back(
-                row,
-                own,
-                e,
-                t,
-                r,
-                first,
-                inside,
-                delta,
-                grad,
-                inner,
-                k,
-                to_inner,
-                to_delta,
-                out,
-                sum_B,
-                sum_C,
-                B,
-                C,
-                A_log,
-                kept,
-                initial,
-                keeps,
-                flow,
-                grad_A,
-                grad_initial,
-                initial_row,
-                initial_e,
-                initial_n,
-                steps,
-                width,
-                one,
-                states,
-                block,
-                parts,
-                has_documents,
-                has_initial,
+                row, own, e, t, r, first, inside, delta, grad, inner, k, to_inner, to_delta, out,
+                sum_B, sum_C, B, C, A_log, kept, initial, keeps, flow, grad_A, grad_initial,
+                initial_row, initial_e, initial_n, steps, width, one, states, block, parts,
+                has_documents, has_initial,
             )
+            # fmt: on
             k += 1
         m = tl.arange(0, rows)
         sums_at = ((row * tl.num_programs(0) + tl.program_id(0)) * states + m[:, None]) * steps + t[None, :]
         tl.store(grad_B + sums_at, sum_B, mask=(m < states)[:, None] & (t < last)[None, :])
         tl.store(grad_C + sums_at, sum_C, mask=(m < states)[:, None] & (t < last)[None, :])
+        # fmt: off
         sum_D, sum_bias = _write_block(
-            row,
-            first,
-            r,
-            e,
-            valid,
-            written,
-            delta,
-            grad,
-            to_inner,
-            to_delta,
-            out,
-            sum_D,
-            sum_bias,
-            u,
-            dt,
-            gate,
-            D,
-            dt_bias,
-            keeps,
-            grad_y,
-            grad_u,
-            grad_dt,
-            grad_gate,
-            u_row,
-            u_step,
-            dt_row,
-            dt_step,
-            gate_row,
-            gate_step,
-            grad_row,
-            grad_step,
-            steps,
-            width,
-            one,
-            has_gate,
+            row, first, r, e, valid, written, delta, grad, to_inner, to_delta, out, sum_D, sum_bias, u,
+            dt, gate, D, dt_bias, keeps, grad_y, grad_u, grad_dt, grad_gate, u_row, u_step, dt_row,
+            dt_step, gate_row, gate_step, grad_row, grad_step, steps, width, one, has_gate,
         )
+        # fmt: on
         first -= block
     ends_at = (row * tl.num_programs(1) + segment) * width + e * one
     tl.store(grad_D + ends_at, sum_D, mask=inside)
