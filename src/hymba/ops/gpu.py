@@ -70,6 +70,8 @@ def why_not() -> str:
         return f"Triton does not load: {_first_line(error)}"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}: pip install -U triton"
+    if interpreted():
+        import_module("hymba.ops.interpreter").mend()
     try:
         import_module("hymba.ops.probe").run()
     except Exception as error:  # no C compiler, another driver, …

@@ -105,7 +105,7 @@ def _decode(q: Tensor, k: Heads, v: Heads, mask: Mask) -> Tensor:
         SLIDING=window is not None, QUANTIZED=key_scales is not None, SPLIT=tiles.splits > 1,
         TILE_ROWS=tile_rows, TILE_SLOTS=tiles.slots, TILE_WIDTH=max(16, triton.next_power_of_2(width)),
         TILE_VALUE_WIDTH=max(16, triton.next_power_of_2(value_width)),
-        num_warps=tiles.warps,
+        num_warps=tiles.warps, num_stages=1,  # the kernel itself calls ahead
     )  # fmt: skip
     if tiles.splits > 1:
         _merge[(rows * steps * heads,)](
@@ -144,30 +144,51 @@ def _attend(
     row = (program // (GROUPS * splits)).to(tl.int64)
     lane = tl.arange(0, TILE_ROWS)
     step, head = lane // SHARED, group * SHARED + lane % SHARED
-    wide, value_wide = tl.arange(0, TILE_WIDTH), tl.arange(0, TILE_VALUE_WIDTH)
     is_real = lane < STEPS * SHARED
+    wide = tl.arange(0, TILE_WIDTH)
     queries = tl.load(
         q + row * q_row + (step * q_step + head * q_head)[:, None] + wide[None, :],
         mask=is_real[:, None] & (wide < WIDTH)[None, :],
         other=0,
     )
     at = tl.load(query_positions + row * at_row + step * at_step, mask=is_real, other=-1).to(tl.int32)
-    newest = tl.max(at, 0)
-    oldest = tl.min(tl.where(at < 0, _NOWHERE, at), 0) - window  # of what a window lets any of the queries see
-
-    start = split * stretch
-    slot = tl.arange(0, TILE_SLOTS)
-    end = tl.minimum((split + 1) * stretch, slots)
-    key_positions += row * positions_row
-    k += row * k_row + group * k_head
-    v += row * v_row + group * v_head
     if QUANTIZED:
         k_scales += row * ks_row + group * ks_head
         v_scales += row * vs_row + group * vs_head
+    start = split * stretch
+    top, total, result = _stretch(
+        queries, at, k + row * k_row + group * k_head, v + row * v_row + group * v_head, k_scales, v_scales,
+        key_positions + row * positions_row, start, tl.minimum(start + stretch, slots), slots,
+        k_slot, v_slot, ks_slot, vs_slot, window, num_meta, scale,
+        SLIDING, QUANTIZED, WIDTH, VALUE_WIDTH, TILE_ROWS, TILE_SLOTS, TILE_WIDTH, TILE_VALUE_WIDTH,
+    )  # fmt: skip
+    if SPLIT:
+        part = ((row * GROUPS + group) * splits + split) * STEPS * SHARED + lane
+        tl.store(stats + part * 2, top, mask=is_real)
+        tl.store(stats + part * 2 + 1, total, mask=is_real)
+        _put(sums, part, result, is_real, VALUE_WIDTH, TILE_VALUE_WIDTH)
+    else:
+        result = result / tl.where(total == 0, 1.0, total)[:, None]
+        _put(out, (row * STEPS + step) * GROUPS * SHARED + head, result, is_real, VALUE_WIDTH, TILE_VALUE_WIDTH)
+
+
+@triton.jit
+def _stretch(
+    queries, at, k, v, k_scales, v_scales, key_positions, start, end, slots,
+    k_slot, v_slot, ks_slot, vs_slot, window, num_meta, scale,
+    SLIDING: tl.constexpr, QUANTIZED: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_SLOTS: tl.constexpr, TILE_WIDTH: tl.constexpr, TILE_VALUE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return what the slots from `start` to `end` give: largest scores, sums of weights, and weighted values.
+
+    Keys and values are called for a block ahead of their use, positions two blocks ahead.
+    """
+    newest = tl.max(at, 0)
+    oldest = tl.min(tl.where(at < 0, _NOWHERE, at), 0) - window  # of what a window lets any of the queries see
+    slot = tl.arange(0, TILE_SLOTS)
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     result = tl.zeros([TILE_ROWS, TILE_VALUE_WIDTH], tl.float32)
-    # Keys and values are called for a block ahead of their use, positions two blocks ahead.
     here = tl.load(key_positions + start + slot, mask=start + slot < end, other=-1).to(tl.int32)
     near, any_near = _near(here, newest, oldest, num_meta, SLIDING)
     keys, values, key_scale, value_scale = _read(
@@ -176,61 +197,60 @@ def _attend(
     )  # fmt: skip
     place = start + TILE_SLOTS + slot
     ahead = tl.load(key_positions + place, mask=place < end, other=-1)
-    while start < end:  # Triton's interpreter has no `range` of a number that is not constant
+    for block in range(start, end, TILE_SLOTS):
         held = ahead.to(tl.int32)
-        place = start + 2 * TILE_SLOTS + slot
+        place = block + 2 * TILE_SLOTS + slot
         ahead = tl.load(key_positions + place, mask=place < end, other=-1)
         next_near, next_any = _near(held, newest, oldest, num_meta, SLIDING)
         next_keys, next_values, next_key_scale, next_value_scale = _read(
-            k, v, k_scales, v_scales, start + TILE_SLOTS, slots, next_any, k_slot, v_slot, ks_slot, vs_slot,
+            k, v, k_scales, v_scales, block + TILE_SLOTS, slots, next_any, k_slot, v_slot, ks_slot, vs_slot,
             QUANTIZED, WIDTH, VALUE_WIDTH, TILE_SLOTS, TILE_WIDTH, TILE_VALUE_WIDTH,
         )  # fmt: skip
         if any_near:
-            if QUANTIZED:
-                scores = _product(queries, tl.trans(keys.to(tl.float32).to(queries.dtype))) * scale
-            else:
-                scores = _product(queries, tl.trans(keys)) * scale
-            if QUANTIZED:
-                scores = scores * key_scale[None, :]
-            seen = near[None, :] & (here[None, :] <= at[:, None])
-            if SLIDING:
-                seen = seen & ((here[None, :] >= at[:, None] - window) | (here < num_meta)[None, :])
-            scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - safe[:, None])
-            fade = tl.exp2(top - safe)
-            total = total * fade + tl.sum(weights, 1)
-            values = tl.where(near[:, None], values, 0)  # what lies there may be no number
-            if QUANTIZED:  # integers and bfloat16 have the range; float16 would lose small products
-                weights = weights * value_scale[None, :]
-                entries = values.to(tl.float32).to(tl.float32 if q.dtype.element_ty == tl.float32 else tl.bfloat16)
-            else:
-                entries = values
-            result = result * fade[:, None] + _product(weights.to(entries.dtype), entries)
-            top = higher
+            top, total, result = _weigh(
+                top, total, result, queries, at, keys, values, key_scale, value_scale,
+                here, near, window, num_meta, scale, SLIDING, QUANTIZED,
+            )  # fmt: skip
         keys, values, here, near, any_near = next_keys, next_values, held, next_near, next_any
         if QUANTIZED:
             key_scale, value_scale = next_key_scale, next_value_scale
-        start += TILE_SLOTS
+    return top, total, result
 
-    if SPLIT:
-        part = ((row * GROUPS + group) * splits + split) * STEPS * SHARED + lane
-        tl.store(stats + part * 2, top, mask=is_real)
-        tl.store(stats + part * 2 + 1, total, mask=is_real)
-        tl.store(
-            sums + part[:, None] * VALUE_WIDTH + value_wide[None, :],
-            result,
-            mask=is_real[:, None] & (value_wide < VALUE_WIDTH)[None, :],
-        )
+
+@triton.jit
+def _weigh(
+    top, total, result, queries, at, keys, values, key_scale, value_scale, here, near, window, num_meta, scale,
+    SLIDING: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Take a block of keys and values into the running softmax (arXiv 1805.02867)."""
+    if QUANTIZED:
+        scores = _product(queries, tl.trans(keys.to(tl.float32).to(queries.dtype))) * scale * key_scale[None, :]
     else:
-        result = result / tl.where(total == 0, 1.0, total)[:, None]
-        to = ((row * STEPS + step) * GROUPS * SHARED + head) * VALUE_WIDTH
-        tl.store(
-            out + to[:, None] + value_wide[None, :],
-            result.to(out.dtype.element_ty),
-            mask=is_real[:, None] & (value_wide < VALUE_WIDTH)[None, :],
-        )
+        scores = _product(queries, tl.trans(keys)) * scale
+    seen = near[None, :] & (here[None, :] <= at[:, None])
+    if SLIDING:
+        seen = seen & ((here[None, :] >= at[:, None] - window) | (here < num_meta)[None, :])
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - safe[:, None])
+    fade = tl.exp2(top - safe)
+    total = total * fade + tl.sum(weights, 1)
+    values = tl.where(near[:, None], values, 0)  # what lies there may be no number
+    if QUANTIZED:  # integers and bfloat16 have the range; float16 would lose small products
+        weights = weights * value_scale[None, :]
+        entries = values.to(tl.float32).to(tl.float32 if queries.dtype == tl.float32 else tl.bfloat16)
+    else:
+        entries = values
+    return higher, total, result * fade[:, None] + _product(weights.to(entries.dtype), entries)
+
+
+@triton.jit
+def _put(to, place, result, is_real, VALUE_WIDTH: tl.constexpr, TILE_VALUE_WIDTH: tl.constexpr):
+    """Store rows of `result` (rows, VALUE_WIDTH) at their places."""
+    wide = tl.arange(0, TILE_VALUE_WIDTH)
+    mask = is_real[:, None] & (wide < VALUE_WIDTH)[None, :]
+    tl.store(to + place[:, None] * VALUE_WIDTH + wide[None, :], result.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -287,8 +307,7 @@ def _merge(
     high = tl.full([], float("-inf"), tl.float32)
     mass = tl.zeros([], tl.float32)
     merged = tl.zeros([TILE_VALUE_WIDTH], tl.float32)
-    start = 0
-    while start < splits:
+    for start in range(0, splits, TILE_SPLITS):
         part = (first + start + split) * STEPS * SHARED + step * SHARED + head % SHARED
         there = start + split < splits
         found = tl.load(
@@ -304,7 +323,6 @@ def _merge(
         mass = mass * fade + tl.sum(total * share, 0)
         merged = merged * fade + tl.sum(found * share[:, None], 0)
         high = higher
-        start += TILE_SPLITS
     merged = merged / tl.where(mass == 0, 1.0, mass)
     to = out + program.to(tl.int64) * VALUE_WIDTH + wide
     tl.store(to, merged.to(out.dtype.element_ty), mask=wide < VALUE_WIDTH)
