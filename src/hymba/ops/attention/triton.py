@@ -2,8 +2,8 @@
 
 The kernel is bound by reading keys and values, so each is read once for all query heads that share it and for all
 queries of the row. Slots are split among programs ("flash decoding", arXiv 2311.01282): each walks its stretch with a
-running softmax (arXiv 1805.02867), and the last of a row and KV head to finish merges what the others have left, in
-the order of the slots, so that the result does not depend on which one was last.
+running softmax (arXiv 1805.02867), and a second, small kernel merges what they have found in the order of the slots, so
+that results repeat to the bit.
 """
 
 from __future__ import annotations
