@@ -15,13 +15,16 @@ ARG TORCH_INDEX=""
 RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" PIP_NO_CACHE_DIR=1 make setup
 
 FROM python:${PYTHON}-slim
+# On a GPU, Triton compiles the launchers of its kernels with gcc.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libstdc++6 && rm -rf /var/lib/apt/lists/* \
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libstdc++6 && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 hymba \
     && install -d -o hymba -g hymba /models
 COPY --from=build /app /app
 ENV PATH=/app/.venv/bin:$PATH \
     HF_HOME=/models \
+    TRITON_CACHE_DIR=/models/.triton \
+    TORCHINDUCTOR_CACHE_DIR=/models/.inductor \
     PYTHONUNBUFFERED=1
 USER 1000
 WORKDIR /home/hymba
