@@ -342,7 +342,7 @@ def _scan_back(
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     e, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, block)
     inside, e = e < width, tl.minimum(e, width - 1)
-    rows: tl.constexpr = max(known, 16)  # the least that a matrix product takes
+    rows: tl.constexpr = known if known > 16 else 16  # the least that a matrix product takes
     own = (row * tl.num_programs(1) + segment) * states * width + e * one
     sum_D, sum_bias = tl.zeros((channels,), tl.float32), tl.zeros((channels,), tl.float32)
     limit = tl.load(lengths + row) if has_lengths else steps
