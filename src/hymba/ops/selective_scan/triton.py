@@ -27,10 +27,15 @@ from hymba.ops.selective_scan.triton_steps import (
     column,
     load_map,
     load_state,
+    next_state,
     rates,
+    read_tile,
     sigmoid,
     softplus,
+    starts_document,
     step_sizes,
+    store_state,
+    store_tile,
     with_column,
 )
 
@@ -161,18 +166,18 @@ def tiles(rows: int, steps: int, width: int) -> Tiles:
     channels = 64 if width > 32 else 32
     programs = rows * -(-width // channels) * (channels // 32)
     segments = max(1, 4 * _SLOTS // programs) if 2 * programs <= _SLOTS else 1
-    return Tiles(channels, 8, 32, max(64, -(-steps // (16 * segments)) * 16))
+    return Tiles(channels, 4, 32, max(64, -(-steps // (16 * segments)) * 16))
 
 
 def _launch_few(x: Inputs, y: Tensor, final: Tensor) -> None:
     (rows, steps, width), states = x.u.shape, x.A_log.shape[1]
     known = triton.next_power_of_2(states)
     channels = max(1, 256 // known)  # two loads of four states to a lane
-    initial, last = state_strides(x.initial_state), state_strides(final)
+    strides = (*state_strides(x.initial_state), *state_strides(final))
     _scan_few[-(-width // channels), rows](
         *(x.u, x.dt, x.gate, x.B, x.C, x.A_log, x.D, x.dt_bias, x.initial_state, x.lengths, x.document_offsets),
         *(y, final, *step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate)),
-        *(initial[0], *initial[2:], last[0], *last[2:], steps, width),
+        *(*strides, steps, width),
         states=states,
         known=known,
         channels=channels,
@@ -199,46 +204,43 @@ def _launch_scan(x: Inputs, y: Tensor, final: Tensor, keep: bool) -> Tensor | No
         "num_warps": 1,
     }
     grid = (-(-width // cut.channels), segments, rows)
-    strides: tuple[int, ...]
-    start, strides, target = x.initial_state, state_strides(x.initial_state), final
+    initial = None  # a copy, for channels to lie side by side, and `final` may be written over what it was
+    if x.initial_state is not None:
+        initial = x.initial_state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    start = initial
     if segments > 1:
-        start, strides = _segment_starts(x, grid, cut.length, constants)
-        if x.document_offsets is not None:  # others may still read the initial state, which `final` may be
-            target = torch.empty_like(final)
+        start = _segment_starts(x, initial, grid, cut.length, constants)
     kept = None
     if keep:
         kept = torch.empty(rows, -(-steps // BLOCK), states, width, dtype=torch.float32, device=y.device)
     _scan[grid](
-        *(x.u, x.dt, x.gate, x.B, x.C, x.A_log, x.D, x.dt_bias, start, x.initial_state, x.lengths),
-        *(x.document_offsets, y, target, kept, *step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate)),
-        *(*strides, *state_strides(x.initial_state), *state_strides(target), steps, width, cut.length, 1),
+        *(x.u, x.dt, x.gate, x.B, x.C, x.A_log, x.D, x.dt_bias, start, initial, x.lengths),
+        *(x.document_offsets, y, final, kept, *step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate)),
+        *(*state_strides(final), steps, width, cut.length, 1),
         **constants,
         block=BLOCK,
         has_gate=x.gate is not None,
         has_start=start is not None,
         keep=keep,
     )
-    if target is not final:
-        final.copy_(target)
     return kept
 
 
 def _segment_starts(
-    x: Inputs, grid: tuple[int, ...], length: int, constants: dict[str, Any]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the states that enter the segments, and their strides as :func:`state_strides` has them."""
+    x: Inputs, initial: Tensor | None, grid: tuple[int, ...], length: int, constants: dict[str, Any]
+) -> Tensor:
+    """Return the states that enter the segments, (B, S, N, E)."""
     _, steps, width = x.u.shape
     ends, sums = segment_buffers(grid[2], grid[1], x.A_log.shape[1], width, x.u.device)
     _scan_locally[grid](
-        *(x.u, x.dt, x.B, x.A_log, x.dt_bias, x.initial_state, x.lengths, x.document_offsets, ends, sums),
-        *(*step_strides(x.u), *step_strides(x.dt), *state_strides(x.initial_state), steps, width, length, 1),
+        *(x.u, x.dt, x.B, x.A_log, x.dt_bias, initial, x.lengths, x.document_offsets, ends, sums),
+        *(*step_strides(x.u), *step_strides(x.dt), steps, width, length, 1),
         **constants,
     )
-    start = combine(ends, sums, x.A_log, x.initial_state, reverse=False)
-    return start, (start.stride(0), start.stride(1), start.stride(3), start.stride(2))
+    return combine(ends, sums, x.A_log, x.initial_state, reverse=False)
 
 
-@triton.jit(do_not_specialize=["one", "start_n", "initial_n", "final_n"])  # which would tell of contiguity
+@triton.jit(do_not_specialize=["one", "final_n"])  # which would tell of contiguity
 def _scan(
     u,
     dt,
@@ -261,16 +263,7 @@ def _scan(
     dt_step,
     gate_row,
     gate_step,
-    start_row,
-    start_segment,
-    start_e,
-    start_n,
-    initial_row,
-    initial_segment,
-    initial_e,
-    initial_n,
     final_row,
-    final_segment,
     final_e,
     final_n,
     steps,
@@ -289,52 +282,49 @@ def _scan(
     has_initial: tl.constexpr,
     keep: tl.constexpr,
 ):
-    """Walk one segment from its true start and read it out; the last one leaves the final state."""
+    """Walk one segment from its true start and read it out; the last one leaves the final state.
+
+    B and C are (B, T, N), start (B, S, N, E), initial (B, N, E), kept (B, T / block, N, E); final is (B, E, N).
+    """
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     e, n, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, known), tl.arange(0, tile)
     inside, e = e < width, tl.minimum(e, width - 1)  # channels beyond the last do as it does, and are not written
     held = inside[:, None] & (n < states)[None, :]
     A = rates(A_log, e, n, one, states)
     bias, direct = tl.load(dt_bias + e * one).to(tl.float32), tl.load(D + e * one).to(tl.float32)
-    entering = row * start_row + segment * start_segment + e[:, None] * start_e + n[None, :] * start_n
-    state = load_state(start, entering, held, has_start)
+    state = load_state(start, (row * tl.num_programs(1) + segment) * states, e, n, width, one, states, has_start)
     limit = tl.load(lengths + row) if has_lengths else steps
     last = tl.minimum((segment + 1) * length, steps)
     first = segment * length
     while first < last:
         if keep and first % block == 0:
-            kept_at = (row * tl.cdiv(steps, block) + first // block) * states + n
-            tl.store(kept + kept_at[None, :] * width + e[:, None] * one, state, mask=held)
+            store_state(kept, (row * tl.cdiv(steps, block) + first // block) * states, state, e, n, width, held, one)
         t = first + r
-        at, valid, written = tl.minimum(t, steps - 1), (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
-        u_t = tl.load(u + row * u_row + at[None, :] * u_step + e[:, None] * one).to(tl.float32)
-        raw = tl.load(dt + row * dt_row + at[None, :] * dt_step + e[:, None] * one)
+        at = tl.minimum(t, steps - 1)
+        valid, written = (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
+        u_t = read_tile(u + row * u_row, e, at, u_step, one).to(tl.float32)
+        raw = read_tile(dt + row * dt_row, e, at, dt_step, one)
         if has_gate:
-            gate_t = tl.load(gate + row * gate_row + at[None, :] * gate_step + e[:, None] * one).to(tl.float32)
+            gate_t = read_tile(gate + row * gate_row, e, at, gate_step, one).to(tl.float32)
         delta = step_sizes(raw, bias, valid)
         inner, out = delta * u_t, direct[:, None] * u_t
         for i in tl.static_range(tile):
-            step = tl.minimum(first + i, steps - 1)
             if has_documents:  # noqa: SIM102 (known when compiled)
-                if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
-                    begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
-                    state = load_state(initial, begin, held, has_initial)
-            maps = (row * steps + step) * states + n
+                if starts_document(offsets, row, first + i, steps, limit, last):
+                    state = load_state(initial, row * states, e, n, width, one, states, has_initial)
+            maps = (row * steps + tl.minimum(first + i, steps - 1)) * states + n
             B_t, C_t = load_map(B + maps, n, states), load_map(C + maps, n, states)
-            state = (
-                tl.exp2(column(delta, i, tile)[:, None] * A) * state + column(inner, i, tile)[:, None] * B_t[None, :]
-            )
+            state = next_state(state, column(delta, i, tile), column(inner, i, tile), A, B_t)
             out = with_column(out, i, column(out, i, tile) + tl.sum(state * C_t[None, :], 1), tile)
         if has_gate:
             out = out * (gate_t * sigmoid(gate_t))
-        out_at = (row * steps + at[None, :]) * width + e[:, None] * one
-        tl.store(y + out_at, out.to(y.dtype.element_ty), mask=written)
+        store_tile(y + row * steps * width, out, e, t, width, written, one)
         first += tile
     place = row * final_row + e[:, None] * final_e + n[None, :] * final_n
     tl.store(final + place, state, mask=held & (last == steps))
 
 
-@triton.jit(do_not_specialize=["one", "initial_n"])
+@triton.jit(do_not_specialize=["one"])
 def _scan_locally(
     u,
     dt,
@@ -350,10 +340,6 @@ def _scan_locally(
     u_step,
     dt_row,
     dt_step,
-    initial_row,
-    initial_segment,
-    initial_e,
-    initial_n,
     steps,
     width,
     length,
@@ -366,7 +352,10 @@ def _scan_locally(
     has_documents: tl.constexpr,
     has_initial: tl.constexpr,
 ):
-    """Walk one segment from zero; leave its state and its sum of step sizes, −1 if a document started in it."""
+    """Walk one segment from zero; leave its state and its sum of step sizes, −1 if a document started in it.
+
+    B is (B, T, N), initial (B, N, E).
+    """
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     e, n, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, known), tl.arange(0, tile)
     inside, e = e < width, tl.minimum(e, width - 1)
@@ -378,26 +367,23 @@ def _scan_locally(
     first = segment * length
     while first < last:
         t = first + r
-        at, valid = tl.minimum(t, steps - 1), (t < limit) & (t < last)
-        u_t = tl.load(u + row * u_row + at[None, :] * u_step + e[:, None] * one).to(tl.float32)
-        raw = tl.load(dt + row * dt_row + at[None, :] * dt_step + e[:, None] * one)
-        delta = step_sizes(raw, bias, valid)
+        at = tl.minimum(t, steps - 1)
+        u_t = read_tile(u + row * u_row, e, at, u_step, one).to(tl.float32)
+        raw = read_tile(dt + row * dt_row, e, at, dt_step, one)
+        delta = step_sizes(raw, bias, (t < limit) & (t < last))
         inner = delta * u_t
         total += tl.sum(delta, 1)
         for i in tl.static_range(tile):
-            step = tl.minimum(first + i, steps - 1)
             if has_documents:  # noqa: SIM102 (known when compiled)
-                if (tl.load(offsets + row * steps + step) == 0) & (first + i < limit) & (first + i < last):
+                if starts_document(offsets, row, first + i, steps, limit, last):
                     cut = 1
-                    begin = row * initial_row + e[:, None] * initial_e + n[None, :] * initial_n
-                    state = load_state(initial, begin, held, has_initial)
-            B_t = load_map(B + (row * steps + step) * states + n, n, states)
-            decay = tl.exp2(column(delta, i, tile)[:, None] * A)
-            state = decay * state + column(inner, i, tile)[:, None] * B_t[None, :]
+                    state = load_state(initial, row * states, e, n, width, one, states, has_initial)
+            B_t = load_map(B + (row * steps + tl.minimum(first + i, steps - 1)) * states + n, n, states)
+            state = next_state(state, column(delta, i, tile), column(inner, i, tile), A, B_t)
         first += tile
     place = row * tl.num_programs(1) + segment
     tl.store(sums + place * width + e * one, tl.where(cut > 0, -1.0, total), mask=inside)
-    tl.store(ends + (place * states + n[None, :]) * width + e[:, None] * one, state, mask=held)
+    store_state(ends, place * states, state, e, n, width, held, one)
 
 
 @triton.jit

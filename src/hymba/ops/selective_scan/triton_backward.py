@@ -24,6 +24,7 @@ from hymba.ops.selective_scan.triton_steps import (
     load_tile,
     rates,
     sigmoid,
+    spread,
     step_sizes,
     store_tile,
     with_column,
@@ -66,12 +67,11 @@ def gradients(
     sums = [flow.new_empty(rows, programs, states, steps) for _ in range(2)]
     sums += [torch.zeros_like(flow), *(flow.new_empty(rows, segments, width) for _ in range(2))]
     initial = None if x.initial_state is None else torch.zeros_like(flow)
-    first = state_strides(x.initial_state)
     _scan_back[programs, segments, rows](
         *(x.u, x.dt, x.gate, *maps, x.A_log, x.D, x.dt_bias, kept, x.initial_state, x.lengths, _keeps(x)),
         *(grad_y, flow, *stepped, *sums, initial),
         *(*step_strides(x.u), *step_strides(x.dt), *step_strides(x.gate), *step_strides(grad_y)),
-        *(first[0], *first[2:], steps, width, cut.length, 1),
+        *(*state_strides(x.initial_state), steps, width, cut.length, 1),
         **constants,
         channels=cut.back,
         block=block,
@@ -226,6 +226,47 @@ def _state_back(
 
 
 @triton.jit
+def _read_block(
+    row,
+    e,
+    t,
+    valid,
+    written,
+    u,
+    dt,
+    gate,
+    dt_bias,
+    grad_y,
+    u_row,
+    u_step,
+    dt_row,
+    dt_step,
+    gate_row,
+    gate_step,
+    grad_row,
+    grad_step,
+    one,
+    has_gate: tl.constexpr,
+):
+    """Return a block's step sizes, the gradients of what its gate multiplies, and its step sizes times u."""
+    bias = tl.load(dt_bias + e * one).to(tl.float32)
+    delta = step_sizes(load_tile(dt + row * dt_row, e, t, dt_step, written, one), bias, valid)
+    grad = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
+    if has_gate:
+        gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
+        grad = grad * (gate_t * sigmoid(gate_t))
+    return delta, grad, delta * load_tile(u + row * u_row, e, t, u_step, written, one)
+
+
+@triton.jit
+def _write_sums(target, first, sums, t, last, steps, states: tl.constexpr):
+    """Write the sums (16 or more, steps) of a block's states as lines first + 0, first + 1, … of a matrix."""
+    m = tl.arange(0, sums.shape[0])
+    places = (first + m[:, None]) * steps + t[None, :]
+    tl.store(target + places, sums, mask=(m < states)[:, None] & (t < last)[None, :])
+
+
+@triton.jit
 def _write_block(
     row,
     first,
@@ -352,13 +393,12 @@ def _scan_back(
         tl.debug_barrier()  # what was written above, or in the block before, is read here
         t = first + r
         valid, written = (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
-        bias = tl.load(dt_bias + e * one).to(tl.float32)
-        delta = step_sizes(load_tile(dt + row * dt_row, e, t, dt_step, written, one), bias, valid)
-        grad = load_tile(grad_y + row * grad_row, e, t, grad_step, written, one)
-        if has_gate:
-            gate_t = load_tile(gate + row * gate_row, e, t, gate_step, written, one)
-            grad = grad * (gate_t * sigmoid(gate_t))
-        inner = delta * load_tile(u + row * u_row, e, t, u_step, written, one)
+        # fmt: off
+        delta, grad, inner = _read_block(
+            row, e, t, valid, written, u, dt, gate, dt_bias, grad_y, u_row, u_step, dt_row, dt_step,
+            gate_row, gate_step, grad_row, grad_step, one, has_gate,
+        )
+        # fmt: on
         out, to_inner = tl.zeros((channels, block), tl.float32), tl.zeros((channels, block), tl.float32)
         to_delta = tl.zeros((channels, block), tl.float32)
         sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
@@ -373,10 +413,9 @@ def _scan_back(
             )
             # fmt: on
             k += 1
-        m = tl.arange(0, rows)
-        sums_at = ((row * tl.num_programs(0) + tl.program_id(0)) * states + m[:, None]) * steps + t[None, :]
-        tl.store(grad_B + sums_at, sum_B, mask=(m < states)[:, None] & (t < last)[None, :])
-        tl.store(grad_C + sums_at, sum_C, mask=(m < states)[:, None] & (t < last)[None, :])
+        sums_at = (row * tl.num_programs(0) + tl.program_id(0)) * states
+        _write_sums(grad_B, sums_at, sum_B, t, last, steps, states)
+        _write_sums(grad_C, sums_at, sum_C, t, last, steps, states)
         # fmt: off
         sum_D, sum_bias = _write_block(
             row, first, r, e, valid, written, delta, grad, to_inner, to_delta, out, sum_D, sum_bias, u,
@@ -435,9 +474,9 @@ def _flow_locally(
     while first >= segment * length:
         t = first + r
         at, valid, written = tl.minimum(t, steps - 1), (t < limit) & (t < last), inside[:, None] & (t < last)[None, :]
-        gate_at = row * gate_row + at[None, :] * gate_step + e[:, None] * one
-        grad_at = row * grad_row + at[None, :] * grad_step + e[:, None] * one
-        delta = step_sizes(tl.load(dt + row * dt_row + at[None, :] * dt_step + e[:, None] * one), bias, valid)
+        gate_at = row * gate_row + at[None, :] * gate_step + spread(e, one)[:, None]
+        grad_at = row * grad_row + at[None, :] * grad_step + spread(e, one)[:, None]
+        delta = step_sizes(tl.load(dt + row * dt_row + at[None, :] * dt_step + spread(e, one)[:, None]), bias, valid)
         grad = gated_gradient(grad_y, gate, grad_at, gate_at, written, has_gate)
         total += tl.sum(delta, 1)
         for j in tl.static_range(tile):
@@ -454,4 +493,4 @@ def _flow_locally(
     place = row * tl.num_programs(1) + segment
     tl.store(sums + place * width + e * one, tl.where(cut > 0, -1.0, total), mask=inside)
     held = inside[:, None] & (n < states)[None, :]
-    tl.store(ends + (place * states + n[None, :]) * width + e[:, None] * one, flow, mask=held)
+    tl.store(ends + (place * states + n[None, :]) * width + spread(e, one)[:, None], flow, mask=held)

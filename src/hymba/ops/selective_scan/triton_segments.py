@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.selective_scan.triton_steps import LOG2E, column, with_column
+from hymba.ops.selective_scan.triton_steps import LOG2E, column, spread, with_column
 
 
 def step_strides(x: Tensor | None) -> tuple[int, int]:
-    """Return the strides of rows and steps."""
+    """Return the strides of rows, and of steps or segments."""
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
-def state_strides(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Return the strides of rows, segments, channels and states of a tensor (B, E, N)."""
-    return (0, 0, 0, 0) if x is None else (x.stride(0), 0, x.stride(1), x.stride(2))
+def state_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of rows, channels and states of a tensor (B, E, N)."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 def segment_buffers(rows: int, segments: int, states: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -34,9 +34,8 @@ def combine(ends: Tensor, sums: Tensor, A_log: Tensor, start: Tensor | None, rev
     """
     rows, segments, states, width = ends.shape
     entering, channels = torch.empty_like(ends), 32
-    row, _, e, n = state_strides(start)
     _combine[-(-width // channels), states, rows](
-        *(ends, sums, A_log, start, entering, row, e, n, segments, width, states, 1),
+        *(ends, sums, A_log, start, entering, *state_strides(start), segments, width, states, 1),
         has_start=start is not None,
         reverse=reverse,
         channels=channels,
@@ -77,8 +76,8 @@ def _combine(
     while first < segments:
         k = first + tl.arange(0, at_once)
         at = row * segments + tl.where(k < segments, segments - 1 - k if reverse else k, 0)
-        total = tl.load(sums + at[None, :] * width + e[:, None] * one)
-        place = (at[None, :] * states + n) * width + e[:, None] * one
+        total = tl.load(sums + at[None, :] * width + spread(e, one)[:, None])
+        place = (at[None, :] * states + n) * width + spread(e, one)[:, None]
         left = tl.load(ends + place)
         decay = tl.where(total < 0, 0.0, tl.exp2(total * rate[:, None]))
         entered = tl.zeros((channels, at_once), tl.float32)

@@ -1,8 +1,8 @@
 """Device functions that the scan's kernels share.
 
-Tiles are (channels, steps) or (channels, states). Where a pointer's contiguity is hidden from the compiler (its last
-stride comes as a number that it does not know to be 1) it lays a tile out with channels over the lanes and the other
-axis within each thread, so that states need no exchange between lanes and taking a column costs no instruction.
+Tiles are (channels, steps) or (channels, states). The compiler lays a tile out with channels over the lanes and the
+other axis within each thread, so that states need no exchange between lanes and taking a column costs no instruction,
+where it knows of the places in memory what :func:`spread` tells of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def spread(e, one):
+    """Return the offsets of channels e for the compiler to know that they are neighbours, else it might lay the other
+    axis over the lanes, and not how they are aligned (`one` hides it), else a lane would take several channels."""
+    return tl.max_contiguous(e * one, e.shape[0])
 
 
 @triton.jit
@@ -64,27 +71,55 @@ def step_sizes(dt, bias, valid):
 
 
 @triton.jit
+def next_state(state, delta, inner, A, B_t):
+    """Return the state after a step of sizes delta (channels,) that B_t (states,) times inner enters."""
+    return tl.exp2(delta[:, None] * A) * state + inner[:, None] * B_t[None, :]
+
+
+@triton.jit
 def load_map(places, n, states: tl.constexpr):
     """Return a step's B or C (known,) in float32, zero beyond the states that there are."""
     return tl.load(places) if states == n.shape[0] else tl.load(places, mask=n < states, other=0.0)
 
 
 @triton.jit
+def starts_document(offsets, row, t, steps, limit, last):
+    """Return whether step t starts a document; steps past the length or the last one do not."""
+    return (tl.load(offsets + row * steps + tl.minimum(t, steps - 1)) == 0) & (t < limit) & (t < last)
+
+
+@triton.jit
+def read_tile(row, e, t, stride, one):
+    """Return (channels e, steps t) of a row, all of which there are."""
+    return tl.load(row + (t[None, :] * stride + spread(e, one)[:, None]))
+
+
+@triton.jit
 def load_tile(row, e, t, stride, mask, one):
     """Return (channels e, steps t) of a row in float32."""
-    return tl.load(row + (t.to(tl.int64)[None, :] * stride + e[:, None] * one), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(row + (t.to(tl.int64)[None, :] * stride + spread(e, one)[:, None]), mask=mask, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def store_tile(row, x, e, t, stride, mask, one):
     """Write (channels e, steps t) of a row."""
-    tl.store(row + (t.to(tl.int64)[None, :] * stride + e[:, None] * one), x.to(row.dtype.element_ty), mask=mask)
+    tl.store(row + (t.to(tl.int64)[None, :] * stride + spread(e, one)[:, None]), x.to(row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_state(states, places, held, exists: tl.constexpr):
-    """Return a tile (channels, states) in float32, zero where nothing is held or there is no such tensor."""
-    state = tl.zeros(held.shape, tl.float32)
+def load_state(lines, first, e, n, width, one, states: tl.constexpr, exists: tl.constexpr):
+    """Return (channels e, lines first + n) of a matrix `width` wide in float32, zero if there is none; beyond the last
+    state, that one."""
+    state = tl.zeros((e.shape[0], n.shape[0]), tl.float32)
     if exists:
-        state = tl.load(states + places, mask=held, other=0.0).to(tl.float32)
+        places = (first + tl.minimum(n, states - 1))[None, :] * width + spread(e, one)[:, None]
+        state = tl.load(lines + places).to(tl.float32)
     return state
+
+
+@triton.jit
+def store_state(states, first, state, e, n, width, held, one):
+    """Write (channels e, lines first + n) of a matrix `width` wide."""
+    tl.store(states + ((first + n)[None, :] * width + spread(e, one)[:, None]), state, mask=held)
