@@ -227,3 +227,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_float64_takes_the_torch_path() -> None:
     inputs = narrowed(problem(1, 3, 5, 4), torch.float64)
     assert_close(run(scan.selective_scan, inputs, {}), run(reference.selective_scan, inputs, {}), 1e-12)
+
+
+def test_rows_beyond_32_bits_are_left_to_the_torch_path() -> None:
+    def inputs(stride: int) -> scan.Inputs:
+        x, weights, maps = torch.empty(1, 3, stride, device="meta")[..., :5], torch.empty(5), torch.empty(1, 3, 4)
+        return scan.Inputs(x, x, torch.empty(5, 4), maps, maps, weights, weights, x, None, None, None)
+
+    assert inputs(2**30).are_long()
+    assert not inputs(2**30 - 1).are_long()

@@ -67,12 +67,14 @@ def selective_scan(
         HymbaError: the shapes do not fit together.
     """
     x = Inputs(u, dt, A_log, B, C, D, dt_bias, gate, initial_state, lengths, document_offsets)
-    if gpu.why_unfit(u) or any(v is not None and v.dtype not in gpu.DTYPES for v in x[:9]):
+    unfit = bool(gpu.why_unfit(u)) or any(v is not None and v.dtype not in gpu.DTYPES for v in x[:9])
+    if not unfit:
+        x.check_shapes()
+    if unfit or x.are_long():
         rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
         return cpu.selective_scan(
             u, dt, A_log, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **rest
         )
-    x.check_shapes()
     if torch.is_grad_enabled() and final_state is None:
         return _Scan.apply(*x)
     y, final, _ = _forward(x, final_state)
@@ -114,6 +116,10 @@ class Inputs(NamedTuple):
                 raise HymbaError(
                     f"selective_scan: {name} is {tuple(x.shape)} on {x.device}, not {tuple(shape)} on {self.u.device}"
                 )
+
+    def are_long(self) -> bool:
+        """Return whether a row reaches beyond what the kernels count in 32 bits: 200 thousand steps or more."""
+        return any(v is not None and (v.shape[1] - 1) * v.stride(1) >= 2**31 for v in (self.u, self.dt, self.gate))
 
     def prepared(self, wide: bool) -> Inputs:
         """Return the inputs as kernels read them: last dimensions dense, B and C dense, and if `wide` in float32, for a
