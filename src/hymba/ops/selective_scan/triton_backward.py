@@ -226,6 +226,59 @@ def _state_back(
 
 
 @triton.jit
+def _states_back(
+    row,
+    own,
+    e,
+    t,
+    r,
+    first,
+    inside,
+    delta,
+    grad,
+    inner,
+    B,
+    C,
+    A_log,
+    kept,
+    initial,
+    keeps,
+    flow,
+    grad_A,
+    grad_initial,
+    initial_row,
+    initial_e,
+    initial_n,
+    steps,
+    width,
+    one,
+    states: tl.constexpr,
+    known: tl.constexpr,
+    block: tl.constexpr,
+    parts: tl.constexpr,
+    has_documents: tl.constexpr,
+    has_initial: tl.constexpr,
+):
+    """Walk every state through a block and its gradient back; return the block's sums."""
+    rows: tl.constexpr = known if known > 16 else 16  # the least that a matrix product takes
+    out, to_inner = tl.zeros(delta.shape, tl.float32), tl.zeros(delta.shape, tl.float32)
+    to_delta = tl.zeros(delta.shape, tl.float32)
+    sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
+    k = 0
+    while k < states:
+        # fmt: off
+        to_inner, to_delta, out, sum_B, sum_C = _state_back(
+            row, own, e, t, r, first, inside, delta, grad, inner, k, to_inner, to_delta, out,
+            sum_B, sum_C, B, C, A_log, kept, initial, keeps, flow, grad_A, grad_initial,
+            initial_row, initial_e, initial_n, steps, width, one, states, block, parts,
+            has_documents, has_initial,
+        )
+        # fmt: on
+        k += 1
+    return to_inner, to_delta, out, sum_B, sum_C
+
+
+@triton.jit
 def _read_block(
     row,
     e,
@@ -383,7 +436,6 @@ def _scan_back(
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     e, r = tl.program_id(0) * channels + tl.arange(0, channels), tl.arange(0, block)
     inside, e = e < width, tl.minimum(e, width - 1)
-    rows: tl.constexpr = known if known > 16 else 16  # the least that a matrix product takes
     own = (row * tl.num_programs(1) + segment) * states * width + e * one
     sum_D, sum_bias = tl.zeros((channels,), tl.float32), tl.zeros((channels,), tl.float32)
     limit = tl.load(lengths + row) if has_lengths else steps
@@ -399,20 +451,13 @@ def _scan_back(
             gate_row, gate_step, grad_row, grad_step, one, has_gate,
         )
         # fmt: on
-        out, to_inner = tl.zeros((channels, block), tl.float32), tl.zeros((channels, block), tl.float32)
-        to_delta = tl.zeros((channels, block), tl.float32)
-        sum_B, sum_C = tl.zeros((rows, block), tl.float32), tl.zeros((rows, block), tl.float32)
-        k = 0
-        while k < states:
-            # fmt: off
-            to_inner, to_delta, out, sum_B, sum_C = _state_back(
-                row, own, e, t, r, first, inside, delta, grad, inner, k, to_inner, to_delta, out,
-                sum_B, sum_C, B, C, A_log, kept, initial, keeps, flow, grad_A, grad_initial,
-                initial_row, initial_e, initial_n, steps, width, one, states, block, parts,
-                has_documents, has_initial,
-            )
-            # fmt: on
-            k += 1
+        # fmt: off
+        to_inner, to_delta, out, sum_B, sum_C = _states_back(
+            row, own, e, t, r, first, inside, delta, grad, inner, B, C, A_log, kept, initial, keeps, flow,
+            grad_A, grad_initial, initial_row, initial_e, initial_n, steps, width, one, states, known,
+            block, parts, has_documents, has_initial,
+        )
+        # fmt: on
         sums_at = (row * tl.num_programs(0) + tl.program_id(0)) * states
         _write_sums(grad_B, sums_at, sum_B, t, last, steps, states)
         _write_sums(grad_C, sums_at, sum_C, t, last, steps, states)
