@@ -68,7 +68,7 @@ def why_not() -> str:
         import triton
     except Exception as error:  # a broken installation fails in ways of its own
         return f"Triton does not load: {_first_line(error)}"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+    if triton_version() < OLDEST:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}: pip install -U triton"
     if interpreted():
         import_module("hymba.ops.interpreter").mend()
@@ -87,6 +87,14 @@ def why_no_liger() -> str:
     if reason := why_not():
         return reason
     return "" if find_spec("liger_kernel") else "liger-kernel is not installed: pip install liger-kernel"
+
+
+def triton_version() -> tuple[int, int]:
+    """Return Triton's version, such as (3, 6)."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _reason_against_device() -> str:

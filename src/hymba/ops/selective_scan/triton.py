@@ -39,7 +39,9 @@ from hymba.ops.selective_scan.triton_steps import (
     with_column,
 )
 
-BLOCK = 8  # steps between the states that the backward pass starts from
+# Steps between the states that the backward pass starts from. Triton 3.4 multiplies matrices of 16 columns or more; the
+# registers suit 8.
+BLOCK = 8 if gpu.triton_version() >= (3, 5) else 16
 _FEW = 8  # steps up to which one kernel with all channels side by side does it all
 _SLOTS = 512  # programs of one warp that a large GPU runs at full speed: four on each of some 130 multiprocessors
 
