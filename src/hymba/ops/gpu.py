@@ -33,7 +33,6 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
     def load() -> Callable[..., Any]:
         return getattr(import_module(module), name)
 
-    @functools.wraps(deferred, assigned=())
     def call(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):
