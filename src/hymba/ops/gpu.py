@@ -66,7 +66,7 @@ def why_not() -> str:
     try:
         import triton
     except Exception as error:  # a broken installation fails in ways of its own
-        return f"Triton does not load: {_first_line(error)}"
+        return f"Triton does not load: {first_line(error)}"
     if triton_version() < OLDEST:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}: pip install -U triton"
     if interpreted():
@@ -74,7 +74,7 @@ def why_not() -> str:
     try:
         import_module("hymba.ops.probe").run()
     except Exception as error:  # no C compiler, another driver, …
-        return f"Triton does not work here: {_first_line(error)}"
+        return f"Triton does not work here: {first_line(error)}"
     return ""
 
 
@@ -104,5 +104,6 @@ def _reason_against_device() -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says first, or its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -42,13 +42,18 @@ class Graph:
         self._graph.replay()
 
 
+def is_captured(x: Tensor) -> bool:
+    """Return whether what is done with `x` becomes part of a graph, whose memory must not outlive it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def side_by_side(x: Tensor, first: Callable[[], X], second: Callable[[], Y]) -> tuple[X, Y]:
     """Return what two functions of `x` return, neither of which needs the other.
 
     Where a graph is being captured they become branches of it, so that small kernels of one run beside those of the
     other. What either allocates may be freed as usual: the branches begin and end in the stream that captures.
     """
-    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+    if not is_captured(x):
         return first(), second()
     stream, branch = torch.cuda.current_stream(x.device), _branch(x.device)
     branch.wait_stream(stream)

@@ -22,6 +22,7 @@ from hymba.ops import gpu
 from hymba.ops.attention import cpu
 from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
+from hymba.ops.graph import is_captured
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -56,10 +57,8 @@ def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
         raise
     except Exception as error:  # the compiler, Triton and the driver each have errors of their own
         _broken = True
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logging.getLogger(__name__).warning(
-            "FlexAttention does not work here, torch's slower kernels serve: %s", reason
-        )
+        told = "FlexAttention does not work here, torch's slower kernels serve: %s"
+        logging.getLogger(__name__).warning(told, gpu.first_line(error))
         return cpu.attention(q, k, v, **mask)
 
 
@@ -160,7 +159,7 @@ def planned(mask: Mask) -> BlockMask:
         return plan.kept["flex"]
     queries = mask["query_positions"]
     pattern = None
-    if plan is not None and plan.pattern is not None and not _captures(queries):
+    if plan is not None and plan.pattern is not None and not is_captured(queries):
         pattern = plan.pattern, mask["window"], mask["num_meta"], queries.device
     found = None if pattern is None else _kept_masks.get(pattern)
     if found is None:
@@ -174,11 +173,6 @@ def planned(mask: Mask) -> BlockMask:
     if plan is not None:
         plan.kept["flex"] = found
     return found
-
-
-def _captures(x: Tensor) -> bool:
-    """Return whether a CUDA graph is being recorded, whose memory must not outlive it."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def blocks(mask: Mask, rows: int) -> BlockMask:

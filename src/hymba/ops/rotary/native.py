@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hymba.ops import native
 from hymba.ops.rotary import reference
+from hymba.ops.rotary.rotation import Rotation
 
 # The dtypes of input and tables that cpu.cpp is compiled for, by their numbers there.
 _F32, _BF16, _F64 = native.DTYPES
@@ -28,7 +27,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if _unfit(x, cos, sin):
         return reference.apply_rotary(x, cos, sin)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Rotation.apply(x, cos, sin)
+        return Rotation.apply(x, cos, sin, _rotate)
     return _rotate(x, cos, sin, 1)
 
 
@@ -44,19 +43,6 @@ def _unfit(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         or sin.requires_grad
         or bool(native.why_unfit(x))
     )
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

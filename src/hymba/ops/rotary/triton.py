@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hymba.ops import gpu
 from hymba.ops.rotary import reference
+from hymba.ops.rotary.rotation import Rotation
 
 _WIDEST = 512  # half a head
 
@@ -25,7 +23,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if gpu.why_unfit(x) or not _fits(x, cos, sin):
         return reference.apply_rotary(x, cos, sin)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Rotation.apply(x, cos, sin)
+        return Rotation.apply(x, cos, sin, _rotate)
     return _rotate(x, cos, sin, 1)
 
 
@@ -47,19 +45,6 @@ def _tiles(half: int) -> tuple[int, int, int]:
     columns = triton.next_power_of_2(half)
     heads = max(512 // columns, 1)
     return heads, columns, max(heads * columns // 256, 1)
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
