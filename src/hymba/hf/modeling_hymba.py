@@ -19,6 +19,7 @@ from hymba.hf.attentions import AttentionColumns
 from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
+from hymba.hf.names import translate_state_dict
 from hymba.model import Hymba, Scheme
 from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
 from hymba.model.init import init_module
@@ -58,6 +59,11 @@ class HymbaPreTrainedModel(PreTrainedModel):
         init_module(module, self.config.initializer_range)
         for parameter, value in loaded:
             parameter.copy_(value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take released names beside our own: `Trainer` and others read files with :meth:`load_state_dict`."""
+        translate_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class HymbaModel(HymbaPreTrainedModel):
