@@ -5,6 +5,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 
 from hymba.hf.cache import HymbaCache
 from hymba.hf.configuration_hymba import HymbaConfig
+from hymba.hf.integrations import install
 from hymba.hf.modeling_hymba import HymbaForCausalLM, HymbaModel, HymbaPreTrainedModel
 from hymba.hf.names import renamings
 
@@ -12,5 +13,6 @@ AutoConfig.register(HymbaConfig.model_type, HymbaConfig)
 AutoModel.register(HymbaConfig, HymbaModel)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM)
 register_checkpoint_conversion_mapping(HymbaConfig.model_type, renamings())
+install()
 
 __all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "HymbaPreTrainedModel"]

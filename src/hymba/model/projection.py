@@ -49,6 +49,15 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a projection inside a layer: a matrix between two activations.
+
+    Only these are decayed in training. All others are not: embeddings, meta tokens, norms, the convolution, A_log, D,
+    biases.
+    """
+    return parameter.ndim == 2 and any(part.endswith("_proj") for part in name.split("."))
+
+
 def project_norm(norm: RMSNorm, projection: Linear, x: Tensor) -> Tensor:
     """Return projection(norm(x)), (…, in) to (…, out)."""
     if are_bare(norm, projection):
