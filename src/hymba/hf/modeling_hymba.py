@@ -23,7 +23,7 @@ from hymba.hf.names import translate_state_dict
 from hymba.model import Hymba, Scheme
 from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
 from hymba.model.init import init_module
-from hymba.model.projection import are_bare
+from hymba.model.projection import RMSNorm, are_bare
 from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.precision import accumulate_dtype
 
@@ -40,8 +40,12 @@ class HymbaCore(Hymba):
     layer_class = HymbaDecoderLayer
 
 
+# What `init_module` knows.
+_CORE_MODULES = (Hymba, HybridMixer, RMSNorm, nn.Linear, nn.Embedding, nn.Conv1d)
+
+
 class HymbaPreTrainedModel(PreTrainedModel):
-    """What both models share: loading, initialisation, and what transformers may assume."""
+    """What all models share: loading, initialisation, and what transformers may assume."""
 
     config_class = HymbaConfig
     base_model_prefix = "model"
@@ -54,7 +58,11 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise `module` as the core does, sparing what a checkpoint has filled."""
+        """Initialize `module` as the core does, and what the core does not have as transformers does, sparing what a
+        checkpoint has filled."""
+        if not isinstance(module, _CORE_MODULES):
+            super()._init_weights(module)
+            return
         weights = module.parameters(recurse=isinstance(module, HybridMixer))
         loaded = [(p, p.clone()) for p in weights if getattr(p, "_is_hf_initialized", False)]
         init_module(module, self.config.initializer_range)
