@@ -1,5 +1,7 @@
 """Released names wherever a state dict is loaded: plain files, shards, wrappers, the Trainer."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,3 +208,21 @@ def test_a_name_is_translated_wherever_it_stands(released: str, ours: str) -> No
 )
 def test_an_ending_is_translated(ending: str, ours: str) -> None:
     assert translate_ending(ending) == ours
+
+
+def test_shards_are_compared_under_our_names(build: Build, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path, max_shard_size="60KB")
+    model = blank(build())
+    assert load_sharded_checkpoint(model, tmp_path) == ([], [])
+    assert_equal(model, build())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.1.mamba.D.0"]
+    index["weight_map"]["model.layers.1.mamba.other"] = next(iter(index["weight_map"].values()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = load_sharded_checkpoint(model, tmp_path, strict=False)
+    assert result == (["model.core.layers.1.mixer.D"], ["model.layers.1.mamba.other"])
+    with pytest.raises(RuntimeError, match=r"mixer\.D"):
+        load_sharded_checkpoint(model, tmp_path)
+    trainer = sys.modules["transformers.trainer"]
+    assert hasattr(trainer.load_sharded_checkpoint, "__wrapped__")
+    assert not hasattr(trainer.load_sharded_checkpoint.__wrapped__, "__wrapped__")

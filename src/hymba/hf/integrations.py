@@ -1,7 +1,8 @@
 """What PEFT and transformers' Trainer must know about Hymba, for which they have no extension point.
 
 Both are patched after they are imported, and act differently for Hymba models only: PEFT accepts the released names
-of modules in an adapter's config and weights, and the Trainer applies weight decay to the projections alone.
+of modules in an adapter's config and weights, and the Trainer applies weight decay to the projections alone and finds
+no fault with the names in shards.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from hymba.hf.imports import after_import
 from hymba.hf.modeling_hymba import HymbaPreTrainedModel
-from hymba.hf.names import released_module_name, translate_ending, translate_name
+from hymba.hf.names import released_module_name, translate_ending, translate_name, translate_state_dict
 from hymba.model import Hymba, is_matrix
 
 # Fields of PEFT's configs that name modules: patterns or endings; endings; regular expressions with a value each.
@@ -30,6 +31,9 @@ def install() -> None:
     after_import("peft.utils.transformers_weight_conversion", _patch_adapter_configs)
     after_import("peft.peft_model", _patch_adapter_weights)
     after_import("transformers.trainer", _patch_weight_decay)
+    # The Trainer has imported the function by its name.
+    after_import("transformers.trainer_utils", _patch_shards)
+    after_import("transformers.trainer", _patch_shards)
 
 
 def translate_adapter_config(config: Any, model: nn.Module) -> None:
@@ -99,6 +103,29 @@ def _patch_weight_decay(module: ModuleType) -> None:
         return [name for name in choose(self, model) if name not in undecayed]
 
     trainer.get_decay_parameter_names = choose_projections
+
+
+def _patch_shards(module: ModuleType) -> None:
+    """Have shards compared with the model under our names; they load in either case."""
+    load = module.load_sharded_checkpoint
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def load_hymba_too(model: nn.Module, folder: Any, strict: bool = True, prefer_safe: bool = True) -> Any:
+        if not isinstance(model, HymbaPreTrainedModel):
+            return load(model, folder, strict=strict, prefer_safe=prefer_safe)
+        result = load(model, folder, strict=False, prefer_safe=prefer_safe)
+        own = model.state_dict().keys()
+        stored: dict[str, Any] = dict.fromkeys([*(own - set(result.missing_keys)), *result.unexpected_keys])
+        translate_state_dict(model, stored, "")
+        missing, unexpected = [k for k in own if k not in stored], [k for k in stored if k not in own]
+        if strict and (missing or unexpected):
+            names = f"missing keys: {missing}, unexpected keys: {unexpected}"
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}: {names}")
+        return type(result)(missing, unexpected)
+
+    module.load_sharded_checkpoint = load_hymba_too  # type: ignore[attr-defined]
 
 
 def _translate_all(endings: Iterable[str]) -> Iterable[str]:
