@@ -23,7 +23,12 @@ CONFIG = HymbaConfig.named(
     kv_groups=((1, 2),),
     sliding_window=48,
 )
-needs_kernels = pytest.mark.skipif(native.library() is None, reason=native.why_not())
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    if native.library() is None:
+        pytest.skip(native.why_not())
 
 
 @functools.cache
@@ -62,7 +67,6 @@ def skip_unless_invariant(name: str) -> None:
         pytest.skip("torch multiplies prompts here, in an order that depends on their length")
 
 
-@needs_kernels
 @pytest.mark.parametrize("cache_bits", [None, 8])
 @pytest.mark.parametrize("name", FORMATS)
 @given(cuts=st.sets(st.integers(1, LENGTH - 1), max_size=6))
@@ -76,7 +80,6 @@ def test_a_prompt_cut_anywhere_equals_the_whole(name, cache_bits, cuts):
     assert torch.equal(other.conv_state, cache.conv_state)
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_text_read_token_by_token_equals_the_whole(name):
     skip_unless_invariant(name)
@@ -84,7 +87,6 @@ def test_a_text_read_token_by_token_equals_the_whole(name):
     assert torch.equal(logits, whole(name, 0, None)[0])
 
 
-@needs_kernels
 @pytest.mark.parametrize("cache_bits", [None, 8])
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
@@ -104,7 +106,6 @@ def test_a_row_is_decoded_alike_alone_and_beside_others(name, cache_bits):
             assert torch.equal(step(text()[:rows, i])[2], wanted[i]), (rows, room, recorded, i)
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
 def test_padding_and_other_rows_change_nothing_in_prefill(name):
@@ -116,7 +117,6 @@ def test_padding_and_other_rows_change_nothing_in_prefill(name):
         assert torch.equal(logits[row, :length], whole(name, row, None)[0][0, :length])
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
 def test_threads_change_nothing(name):

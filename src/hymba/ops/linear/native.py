@@ -1,7 +1,7 @@
 """Linear maps in C++ (cpu.cpp): few rows read each weight once; for many, torch multiplies what C++ dequantizes.
 
-A row's result does not depend on how many others are decoded with it: inputs of one token a row are always multiplied in
-C++. Without matrix units it does not depend on them in prefill either (:func:`hymba.ops.native.is_batch_invariant`).
+A row's result does not depend on how many others are decoded with it: inputs of one token a row are always multiplied
+in C++. Without matrix units it does not depend on them in prefill either (`hymba.ops.native.is_batch_invariant`).
 """
 
 from __future__ import annotations
