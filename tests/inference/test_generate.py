@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hymba.errors import HymbaError
 from hymba.inference import Continuation, SamplingParams, encode_prompt, generate, load_model
-from hymba.inference.generate import PREFILL_CHUNK
+from hymba.inference.prefill import PREFILL_CHUNK
 from hymba.model import Hymba, load
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)

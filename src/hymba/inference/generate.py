@@ -9,23 +9,14 @@ import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.inference.prefill import prefill_cuts
 from hymba.inference.sampling import Choice, SamplingParams, SamplingState, sample
 from hymba.inference.step import DecodeStep
-from hymba.model import Cache, Hymba, scheme_of
+from hymba.model import Cache, Hymba
 from hymba.text import StopCutter, TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PREFILL_CHUNK = 512  # tokens of the prompt run at once: bounds the memory that a long prompt takes
-GPU_PREFILL_CHUNK = 8192  # on a GPU, which fewer would not fill
-
-
-def prefill_chunk(model: Hymba) -> int:
-    """Return how many tokens of a prompt are run at once: twice as many where each chunk widens quantised weights."""
-    if model.device.type == "cuda":
-        return GPU_PREFILL_CHUNK
-    return PREFILL_CHUNK if scheme_of(model) is None else 2 * PREFILL_CHUNK
 
 
 def generate(
@@ -68,7 +59,7 @@ def generate(
     if cache is None:
         cache = model.allocate_cache(rows=1, max_length=length, bits=cache_bits)
     cache.grow(length)
-    return _run(model, ids, params, cache, count, ahead)
+    return _run(model, ids, params, cache, count, ahead, held)
 
 
 def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
@@ -79,13 +70,13 @@ def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
 
 @torch.no_grad()
 def _run(
-    model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int, ahead: bool = False
+    model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int, ahead: bool = False, held: int = 0
 ) -> Iterator[int]:
-    """Yield up to `count` tokens. `ahead`: run each before it is read, so that a GPU need not wait for Python; the
-    cache then holds the last token too."""
+    """Yield up to `count` tokens after the `held` ones of the cache. `ahead`: run each before it is read, so that a GPU
+    need not wait for Python; the cache then holds the last token too."""
     stops = end_ids(model, params)
     state = SamplingState(params, ids.tolist(), stops)
-    for chunk in ids.split(prefill_chunk(model)):
+    for chunk in ids.split(prefill_cuts(model, held, len(ids))):
         hidden = model(chunk[None], cache=cache).hidden
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):

@@ -39,17 +39,18 @@ class PrefixCache:
         self._root = _Node(np.empty(0, np.int32), None, 0)
         self._clock = 0
 
-    def find(self, ids: Sequence[int]) -> tuple[Snapshot | None, int]:
+    def find(self, ids: Sequence[int], block: int = 1) -> tuple[Snapshot | None, int]:
         """Return the longest snapshot that a prompt can start from, and how far it follows texts seen before.
 
-        A snapshot of the whole prompt serves only if it holds the next token's logits.
+        A snapshot of the whole prompt serves only if it holds the next token's logits, one of a part of it only if its
+        length is a multiple of `block`.
         """
         self.queries += 1
         best: _Node | None = None
         shared = 0
         for node, matched in self._walk(np.asarray(ids, np.int32)):
             shared = node.end - len(node.tokens) + matched
-            if matched == len(node.tokens) and _serves(node.snapshot, len(ids)):
+            if matched == len(node.tokens) and _serves(node.snapshot, len(ids), block):
                 best = node
         if best is None:
             return None, shared
@@ -139,8 +140,10 @@ class PrefixCache:
             left.extend(node.children.values())
 
 
-def _serves(snapshot: Snapshot | None, prompt: int) -> bool:
-    return snapshot is not None and (snapshot.tokens < prompt or snapshot.logits is not None)
+def _serves(snapshot: Snapshot | None, prompt: int, block: int) -> bool:
+    if snapshot is None:
+        return False
+    return snapshot.tokens % block == 0 if snapshot.tokens < prompt else snapshot.logits is not None
 
 
 def _common(a: Tokens, b: Tokens) -> int:
