@@ -73,7 +73,7 @@ def generate(
     if cache is None:
         cache = model.allocate_cache(rows=1, max_length=length, bits=cache_bits)
     cache.grow(length)
-    return _run(model, ids, SamplingState(params, [*read, *ids.tolist()], end_ids(model, params)), cache, count, ahead)
+    return _run(model, ids, params, cache, count, ahead, read)
 
 
 def _held_ids(model: Hymba, params: SamplingParams, past: int, held: Sequence[int] | Tensor | None) -> list[int]:
@@ -106,11 +106,18 @@ def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
 
 @torch.no_grad()
 def _run(
-    model: Hymba, ids: Tensor, state: SamplingState, cache: Cache, count: int, ahead: bool = False
+    model: Hymba,
+    ids: Tensor,
+    params: SamplingParams,
+    cache: Cache,
+    count: int,
+    ahead: bool = False,
+    held: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield up to `count` tokens. `ahead`: run each before it is read, so that a GPU need not wait for Python; the
     cache then holds the last token too."""
-    stops = end_ids(model, state.params)
+    stops = end_ids(model, params)
+    state = SamplingState(params, [*held, *ids.tolist()], stops)
     for chunk in ids.split(prefill_chunk(model)):
         hidden = model(chunk[None], cache=cache).hidden
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
