@@ -31,9 +31,9 @@ def draw_tokens(
     whose probabilities, summing to 1 among themselves, reach `top_p` (arXiv 1904.09751), then to those at least `min_p`
     times as likely as the likeliest (arXiv 2407.01082), which always stays. The token is the one left with the largest
     sum of its logit over the temperature and a Gumbel noise that depends on its id, the row's seed and the row's index
-    alone (:func:`hymba.ops.draw.reference.gumbel`): so it is drawn with its probability among those left (Gumbel-max,
-    arXiv 1411.0030), and logits that differ by rounding give another token at most twice as often as their
-    distributions differ (total variation), the least that any way of drawing can do being once.
+    alone (:func:`hymba.ops.draw.reference.gumbel`). This is the Gumbel-max method (arXiv 1411.0030): each token is
+    drawn with its probability among those left, and logits that differ by rounding give another token at most twice as
+    often as the total variation between their distributions. No method does better than once.
 
     Args:
         logits: (B, vocab), any floating dtype; −∞ is never drawn, and +∞ is the largest of numbers.

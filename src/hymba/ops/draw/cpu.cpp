@@ -245,8 +245,8 @@ struct Row {
 
 }  // namespace
 
-// chosen (rows) from logits (rows, width) and what draws of each row are to be like, (rows) all; −1 for a row with a NaN,
-// −2 for one where every logit is −∞.
+// Writes a token a row to `chosen`: −1 for a row with a NaN, −2 for one where every logit is −∞. logits are
+// (rows, width), all other arrays (rows).
 HYMBA_API void hymba_draw(const float* logits, const double* temperatures, const int64_t* top_k, const double* top_p,
                           const double* min_p, const int64_t* seeds, const int64_t* indices, int64_t* chosen,
                           int64_t rows, int64_t width, int threads) {
