@@ -264,9 +264,10 @@ class Engine:
         self._settle([sequence])
 
     def _keep(self, sequence: Sequence, logits: Tensor | None = None) -> None:
-        """Take a snapshot of what a sequence's row holds, unless there is one."""
+        """Take a snapshot of what a sequence's row holds, unless there is one that serves as well."""
         ids = sequence.ids[: sequence.computed]
-        if self._prefixes.limit and len(ids) >= _WORTH_KEEPING and not self._prefixes.has(ids):
+        is_worth_it = self._prefixes.limit and len(ids) >= _WORTH_KEEPING
+        if is_worth_it and not self._prefixes.has(ids, with_logits=logits is not None):
             assert sequence.row is not None
             kept = None if logits is None else logits.clone()
             self._prefixes.add(ids, self._runner.save(sequence.row, len(ids), kept))
