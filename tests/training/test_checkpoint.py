@@ -54,6 +54,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_every_damage_of_every_file_is_found_with_and_without_a_manifest(run: Path, tmp_path: Path) -> None:
     """Without one, as in older checkpoints, a changed bit may go unseen, and so may a file that still loads."""
     whole = run / "checkpoint-8"

@@ -85,6 +85,7 @@ def test_a_lower_rate_goes_on_from_the_last_checkpoint(
     assert last["learning_rate"] == pytest.approx(2e-3)
 
 
+@pytest.mark.slow
 def test_the_rate_that_a_run_goes_on_with_is_the_recipes(
     recipe: Recipe, books: Path, tmp_path: Path, spoil: Any
 ) -> None:
