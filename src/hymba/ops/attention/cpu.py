@@ -32,7 +32,7 @@ def attention(
     del plan
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     outputs = []
-    for start in range(0, q.shape[1], size):
+    for start in range(0, max(q.shape[1], 1), size):
         block = slice(start, start + size)
         positions = query_positions[:, block]
         keys = _needed_keys(positions, key_positions, window, num_meta) if q.shape[1] > 1 else None
@@ -44,7 +44,10 @@ def attention(
             query_documents=None if query_documents is None else query_documents[:, block],
             key_documents=None if key_documents is None else _take(key_documents, keys),
         )
-        outputs.append(_fused(q[:, block], _take_heads(k, keys, q.dtype), _take_heads(v, keys, q.dtype), seen))
+        # What lies in empty slots may be NaN, which a mask turns into NaN and not into zero.
+        empty = _take(key_positions < 0, keys)[..., None, None]
+        own_k, own_v = (_take_heads(x, keys, q.dtype).masked_fill(empty, 0) for x in (k, v))
+        outputs.append(_fused(q[:, block], own_k, own_v, seen))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -80,10 +83,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     key_width, value_width = q.shape[-1], v.shape[-1]
     width = max(key_width, value_width)
     sees_any = seen.any(dim=-1)
-    # A row that sees nothing (padding) would be NaN: let it see everything, and clear it afterwards.
+    # A query that sees nothing (padding) would be NaN: let it see everything, and clear it afterwards.
+    blind = ~sees_any[..., None, None]
+    q = q.masked_fill(blind, 0)
     mask = (seen | ~sees_any[..., None])[:, None]
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=key_width**-0.5, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)[..., :value_width] * sees_any[..., None, None].to(out.dtype)
+    return out.transpose(1, 2)[..., :value_width].masked_fill(blind, 0)

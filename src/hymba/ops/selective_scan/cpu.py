@@ -42,6 +42,11 @@ def selective_scan(
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast path for :func:`hymba.ops.selective_scan.selective_scan`, same signature."""
+    if not u.numel():
+        rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
+        return reference.selective_scan(
+            u, dt, A_log, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **rest
+        )
     valid = restarts = None
     if lengths is not None:
         valid = reference.valid_steps(lengths, u.shape[0], u.shape[1], u.device)
