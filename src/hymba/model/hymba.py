@@ -92,15 +92,14 @@ class Hymba(nn.Module):
                 Nothing in the padding, NaN included, reaches a real token, a state or a gradient.
             documents: (B, T) int64, the same number on all tokens of one packed document; a number that comes again
                 after another one starts a new document. Not with a cache.
-            positions: (B, T) int64 rotary positions in place of the natural ones, 0 = first text token. They may pass
-                `max_position_embeddings`, but not be negative. They do not change which tokens are seen.
+            positions: (B, T) int64 rotary positions, 0 = first text token; they do not change which tokens are seen.
 
         Returns:
             Outputs that are zero at padding.
 
         Raises:
-            HymbaError: the arguments contradict one another, one has the wrong shape or dtype, the cache is full, or,
-                on the CPU, a value is out of range.
+            HymbaError: arguments contradict one another, have a wrong shape or dtype or, on the CPU, values out of
+                range; or the cache is full.
         """
         size = check_inputs(self.config, tokens, embeddings)
         check_memory(cache, prefix, documents, size[0])
@@ -132,7 +131,6 @@ class Hymba(nn.Module):
         """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state.
 
         Args:
-            rows, max_length: positive.
             bits: of its keys and values, 8 or those of the model's dtype.
             prefix: the meta tokens' state, if it is known from the same weights; None computes it.
         """
