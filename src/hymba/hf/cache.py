@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from hymba.errors import HymbaError
+from hymba.hf.offload import is_hooked
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache as CoreCache
 from hymba.model import Hymba, HymbaOutput
@@ -51,7 +52,8 @@ class HymbaMemory:
         if self.width + columns > self.core.max_length:
             self.core.grow(2 * (self.width + columns))
         self.width += columns
-        if self.repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
+        repeats = self.repeats and not is_hooked(model.final_norm)
+        if repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
             return HymbaOutput(self._repeat(model, call["tokens"][:, 0]))
         return model(**call, cache=self.core)
 

@@ -19,8 +19,10 @@ from hymba.hf.attentions import AttentionColumns
 from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
+from hymba.hf.offload import execution_device, is_hooked, loaded, prepare_dispatched
 from hymba.model import Hymba, Scheme
-from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
+from hymba.model.cache import Prefix
+from hymba.model.hymba import HybridMixer, HymbaLayer, LayerOutput, Linear
 from hymba.model.init import init_module
 from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.precision import accumulate_dtype
@@ -31,11 +33,28 @@ logger = logging.get_logger(__name__)
 class HymbaDecoderLayer(GradientCheckpointingLayer, HymbaLayer):
     """A core layer that transformers can checkpoint: K/V and states are arguments, so it may run twice."""
 
+    def forward(self, x: Tensor, *inputs: Any) -> LayerOutput:
+        """Run the layer; see :meth:`hymba.model.hymba.HymbaLayer.forward`. Offloaded weights are loaded first."""
+        if not is_hooked(self.mixer.dt_norm):  # as good as any: accelerate hooks all modules that own weights
+            return super().forward(x, *inputs)
+        with loaded(*self.modules()):
+            return super().forward(x, *inputs)
+
 
 class HymbaCore(Hymba):
-    """The core model, made of layers that transformers knows how to checkpoint."""
+    """The core model, made of layers that transformers can checkpoint and accelerate can offload."""
 
     layer_class = HymbaDecoderLayer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; offloaded weights are elsewhere."""
+        return execution_device(self.final_norm) or super().device
+
+    def prefix(self, base: float | None = None) -> Prefix:
+        """Return the meta tokens' state; see :meth:`hymba.model.Hymba.prefix`."""
+        with loaded(self):
+            return super().prefix(base)
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
@@ -115,6 +134,8 @@ class HymbaModel(HymbaPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Translate the arguments, run the core, translate its output."""
+        if is_hooked(self.core.final_norm):
+            prepare_dispatched(self)
         steps = _steps(input_ids, inputs_embeds)
         layout = Layout.of_mask(last_columns(attention_mask, steps))
         documents = packed_documents(position_ids, seq_idx, cu_seq_lens_q, layout, steps)
@@ -220,7 +241,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     def _loss(self, hidden: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
         """Return what `loss_function` would of the logits: a sum over tokens, divided by `count` or by their number."""
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        with loaded(self.lm_head):
+            total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
         return total / ((targets >= 0).sum() if count is None else count)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
