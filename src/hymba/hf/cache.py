@@ -189,7 +189,11 @@ def hymba_memory(cache: Cache | None, num_layers: int) -> HymbaMemory | None:
     layers = getattr(cache, "layers", None)
     if layers and isinstance(layers[0], HymbaCacheLayer):
         return layers[0].memory
-    if layers is None or getattr(cache, "offloading", False) or int(cache.get_seq_length()) > 0:
+    if getattr(cache, "offloading", False):
+        raise HymbaError(
+            "a Hymba cache cannot be offloaded layer by layer: leave cache_implementation out, or 'static'"
+        )
+    if layers is None or int(cache.get_seq_length()) > 0:
         kind = type(cache).__name__
         raise HymbaError(f"past_key_values is a used or unsupported {kind}: pass an empty hymba.hf.HymbaCache")
     capacity = max(cache.get_max_length(), 0) if layers else getattr(cache, "capacity", 0)

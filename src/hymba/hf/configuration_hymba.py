@@ -93,6 +93,11 @@ class HymbaConfig(PreTrainedConfig):
         """K, the width of a query or key head."""
         return self.hidden_size // self.num_attention_heads if self.kq_head_dim == -1 else self.kq_head_dim
 
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers is to allocate or page for each layer: states beside keys and values. Not in the file."""
+        return ["hybrid"] * self.num_hidden_layers
+
     def core(self) -> CoreConfig:
         """Return the same shape as :class:`hymba.model.HymbaConfig`."""
         released = self.to_dict()

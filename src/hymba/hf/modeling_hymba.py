@@ -20,6 +20,7 @@ from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
 from hymba.hf.offload import execution_device, is_hooked, loaded, prepare_dispatched
+from hymba.hf.unsupported import UnpagedGeneration, check_attention
 from hymba.model import Hymba, Scheme
 from hymba.model.cache import Prefix
 from hymba.model.hymba import HybridMixer, HymbaLayer, LayerOutput, Linear
@@ -68,6 +69,11 @@ class HymbaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True  # "eager" and "sdpa" are both accepted: the ops choose their own kernels
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Refuse paged attention; leave the rest to transformers."""
+        check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -173,7 +179,7 @@ class HymbaModel(HymbaPreTrainedModel):
         return HymbaCache() if given is None and use_cache else given
 
 
-class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+class HymbaForCausalLM(UnpagedGeneration, HymbaPreTrainedModel, GenerationMixin):
     """Hymba with its language-model head.
 
     Args:
