@@ -37,6 +37,7 @@ def test_continuous_batching(model: HymbaForCausalLM, attempt: Callable[[HymbaFo
     with pytest.raises(HymbaError, match="has no place for Hymba's convolution and SSM states") as refusal:
         attempt(model)
     assert "\n" not in str(refusal.value)
+    assert not hasattr(model, "init_continuous_batching")  # for transformers' server, which then runs row by row
 
 
 def test_a_manager_made_directly(model: HymbaForCausalLM) -> None:

@@ -52,7 +52,10 @@ class HymbaMemory:
         if self.width + columns > self.core.max_length:
             self.core.grow(2 * (self.width + columns))
         self.width += columns
-        repeats = self.repeats and not is_hooked(model.final_norm)
+        compiles = torch.compiler.is_compiling()
+        if self.repeats and compiles:
+            self.core.whole = True  # one graph for all steps
+        repeats = self.repeats and not compiles and not is_hooked(model.final_norm)
         if repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
             return HymbaOutput(self._repeat(model, call["tokens"][:, 0]))
         return model(**call, cache=self.core)

@@ -50,10 +50,12 @@ class HymbaCore(Hymba):
     @property
     def device(self) -> torch.device:
         """Where the model runs; offloaded weights are elsewhere."""
-        return execution_device(self.final_norm) or super().device
+        return execution_device(self.final_norm) or self.final_norm.weight.device
 
     def prefix(self, base: float | None = None) -> Prefix:
         """Return the meta tokens' state; see :meth:`hymba.model.Hymba.prefix`."""
+        if torch.compiler.is_compiling():  # nothing may be kept from one call to the next
+            return self.run_meta_tokens(base)[0]
         with loaded(self):
             return super().prefix(base)
 
@@ -69,6 +71,10 @@ class HymbaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True  # "eager" and "sdpa" are both accepted: the ops choose their own kernels
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Do nothing: saving is not to copy the sources of an installed package."""
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """Refuse paged attention; leave the rest to transformers."""
@@ -144,7 +150,11 @@ class HymbaModel(HymbaPreTrainedModel):
             prepare_dispatched(self)
         steps = _steps(input_ids, inputs_embeds)
         layout = Layout.of_mask(last_columns(attention_mask, steps))
-        documents = packed_documents(position_ids, seq_idx, cu_seq_lens_q, layout, steps)
+        # A graph is traced without values, so there the positions of a call with a cache are never those of documents.
+        is_packable = not torch.compiler.is_compiling() or (past_key_values is None and not use_cache)
+        documents = packed_documents(position_ids if is_packable else None, seq_idx, cu_seq_lens_q, layout, steps)
+        if seq_idx is not None or cu_seq_lens_q is not None:
+            position_ids = None  # the documents count their own
         past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
         memory = hymba_memory(past_key_values, self.config.num_hidden_layers)
         columns = None
@@ -169,9 +179,17 @@ class HymbaModel(HymbaPreTrainedModel):
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
-        """Return the cache to use. Training or packed rows do with none unless the caller insists."""
-        if self.gradient_checkpointing and self.training:
+        """Return the cache to use. Training or packed rows do with none unless the caller insists.
+
+        Raises:
+            HymbaError: torch.export traces, and the caller insists.
+        """
+        if torch.compiler.is_exporting():
             if given is not None or use_cache:
+                raise HymbaError("an exported program takes and returns tensors only: export with use_cache=False")
+            return None
+        if self.gradient_checkpointing and self.training:
+            if (given is not None or use_cache) and not torch.compiler.is_compiling():
                 logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
             return None
         if use_cache is None:

@@ -14,6 +14,10 @@ _NO_PAGES = (
 )
 
 
+class ContinuousBatchingError(HymbaError, AttributeError):
+    """Continuous batching is asked for, which a Hymba does not have."""
+
+
 def check_attention(implementation: str | None) -> None:
     """Check that an `attn_implementation` is not one of those that read pages.
 
@@ -27,15 +31,29 @@ def check_attention(implementation: str | None) -> None:
 class UnpagedGeneration:
     """Refuses what :class:`transformers.GenerationMixin` offers and a Hymba cache cannot do; stands before it."""
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+    @property
+    def init_continuous_batching(self) -> NoReturn:
+        """Absent for `hasattr`, by which `transformers serve` decides whether to batch.
+
+        Raises:
+            ContinuousBatchingError: always.
+        """
+        raise ContinuousBatchingError(_NO_PAGES)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "init_continuous_batching":  # torch's own __getattr__ would lose the reason
+            raise ContinuousBatchingError(_NO_PAGES)
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse.
 
         Raises:
-            HymbaError: always.
+            ContinuousBatchingError: always.
         """
-        raise HymbaError(_NO_PAGES)
+        raise ContinuousBatchingError(_NO_PAGES)
 
-    continuous_batching_context_manager = generate_batch = init_continuous_batching
+    continuous_batching_context_manager = generate_batch
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
         """Refuse to draft tokens for another model; transformers itself refuses those drafted by one."""

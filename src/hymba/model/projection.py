@@ -78,6 +78,8 @@ def add_projected_mean(
 
 def _are_bare(*modules: nn.Module) -> bool:
     """Return whether calling these modules runs their own op and nothing else."""
+    if torch.compiler.is_compiling():  # hooks are traced with the modules
+        return False
     return not nn.modules.module._has_any_global_hook() and all(
         type(module).forward in (Linear.forward, RMSNorm.forward)
         and "forward" not in vars(module)

@@ -30,6 +30,16 @@ def attention(
 ) -> Tensor:
     """Fast path for :func:`hymba.ops.attention.attention`, same signature."""
     del plan
+    if torch.compiler.is_compiling():  # which keys a block needs depends on values
+        seen = visible(
+            query_positions,
+            key_positions,
+            window=window,
+            num_meta=num_meta,
+            query_documents=query_documents,
+            key_documents=key_documents,
+        )
+        return _fused(q, _take_heads(k, None, q.dtype), _take_heads(v, None, q.dtype), seen)
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     outputs = []
     for start in range(0, q.shape[1], size):
