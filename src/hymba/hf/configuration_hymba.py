@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from itertools import groupby
 from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from hymba.hf.remote_code import write_remote_code
 from hymba.model import HymbaConfig as CoreConfig
 
 
@@ -87,6 +90,17 @@ class HymbaConfig(PreTrainedConfig):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.attn_implementation = config_dict.get("attn_implementation", config.attn_implementation)
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write ``config.json``, and the files that its `auto_map` names; see :mod:`hymba.hf.remote_code`."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_remote_code(directory, type(self), getattr(self, "auto_map", None) or {})
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Do nothing: saving is not to copy the sources of an installed package."""
 
     @property
     def head_dim(self) -> int:
