@@ -88,3 +88,54 @@ def test_a_loss_without_logits_is_the_same_loss(
         results.append((output.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
         assert (output.logits is None) == skip
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
+
+
+def losses(model: HymbaForCausalLM, **options: object) -> list[Tensor]:
+    """The loss with and without logits."""
+    with torch.no_grad():
+        return [model(IDS, skip_logits=skip, **options).loss for skip in (False, True)]
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros_like(IDS)], ids=["alone", "beside labels"])
+def test_shifted_labels_are_the_targets(model: HymbaForCausalLM, labels: Tensor | None) -> None:
+    targets = torch.randint(0, 61, IDS.shape, generator=torch.Generator().manual_seed(1))
+    targets[1, 5:] = -100
+    with torch.no_grad():
+        logits = model(IDS).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    for loss in losses(model, labels=labels, shift_labels=targets):
+        torch.testing.assert_close(loss, expected)
+    for loss in losses(model, labels=labels, shift_labels=targets, num_items_in_batch=torch.tensor(5)):
+        torch.testing.assert_close(loss, expected * (targets >= 0).sum() / 5)
+
+
+def test_another_index_may_be_ignored(model: HymbaForCausalLM) -> None:
+    one, other = losses(model, labels=IDS, ignore_index=int(IDS[0, 4]))
+    torch.testing.assert_close(one, other)
+    assert one != losses(model, labels=IDS)[0]
+
+
+def test_labels_that_are_all_ignored(model: HymbaForCausalLM) -> None:
+    labels = torch.full_like(IDS, -100)
+    assert all(loss.isnan() for loss in losses(model, labels=labels))  # a mean over no token, as in transformers
+    assert all(loss == 0 for loss in losses(model, labels=labels, num_items_in_batch=3))
+
+
+@pytest.mark.parametrize("kept", [3, torch.tensor([0, 2, 7, 13]), torch.tensor([5])], ids=str)
+def test_the_loss_of_the_kept_columns(model: HymbaForCausalLM, kept: int | Tensor) -> None:
+    columns = torch.arange(IDS.shape[1])[-kept:] if isinstance(kept, int) else kept
+    with torch.no_grad():
+        logits = model(IDS).logits[:, columns]
+    targets = F.pad(IDS[:, 1:], (0, 1), value=-100)[:, columns]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    for options in ({"labels": IDS}, {"shift_labels": targets}):
+        for loss in losses(model, logits_to_keep=kept, **options):
+            torch.testing.assert_close(loss, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, logits_to_keep=kept).logits, logits)
+
+
+def test_a_hook_on_the_head_runs_without_logits(build: Callable[..., HymbaForCausalLM]) -> None:
+    model = build().eval()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(*losses(model, labels=IDS))

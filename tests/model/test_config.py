@@ -79,3 +79,55 @@ def test_broken_config_files(tmp_path, released):
         HymbaConfig.from_directory(tmp_path)
     with pytest.raises(HymbaError, match="unknown size"):
         HymbaConfig.named("7b")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_dropout": 0.1},
+        {"hidden_dropout": 0.5},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"use_mrope": True},
+        {"partial_rotary_factor": 0.5},
+        {"is_causal": False},
+        {"use_sliding_window": False},
+        {"final_logit_softcapping": 30.0},
+        {"logits_scaling": 8.0},
+        {"num_local_experts": 8},
+        {"num_experts": 8},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": "yarn"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {"layer_type": ["h", "h", "a", "h", "h", "h"]},
+        {"layer_types": ["full_attention"] * 6},
+        {"layer_types": ["hybrid"]},
+        {"sliding_window": None},
+        {"sliding_window": 0},
+        {"head_dim": 3},
+    ],
+    ids=str,
+)
+def test_what_would_change_the_function_is_refused_in_a_line(released, changes):
+    with pytest.raises(HymbaError, match=next(iter(changes))) as error:
+        HymbaConfig.from_released(released | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_what_changes_nothing_is_accepted(released):
+    config = HymbaConfig.from_released(released)
+    kinds = ["full_attention" if config.window(i) is None else "sliding_attention" for i in range(len(config.owners))]
+    theta = config.rope_theta
+    for changes in (
+        {"attention_dropout": 0, "hidden_dropout": None, "attention_bias": False, "is_causal": True},
+        {"rope_scaling": None, "rope_parameters": None},
+        {"rope_scaling": {}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": {"rope_type": config.rope_type, "rope_theta": theta}},
+        {"layer_types": kinds},
+        {"layer_types": ["hybrid"] * len(kinds)},
+        {"head_dim": config.head_dim},
+    ):
+        assert HymbaConfig.from_released(released | changes) == config

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import torch
 
+from hymba.model import is_matrix
 from hymba.training import Recipe
-from hymba.training.optimizer import build_optimizer, is_matrix
+from hymba.training.optimizer import build_optimizer
 from hymba.training.pretraining import build_model
 
 

@@ -13,17 +13,24 @@ from transformers import PreTrainedConfig
 from hymba.hf.remote_code import write_remote_code
 from hymba.model import HymbaConfig as CoreConfig
 
+# Keys that stay in the file and are no attributes. By `output_router_logits` and its kin others take a model for a
+# mixture of experts; `rope_scaling` and `head_dim` are read-only here.
+_FILE_ONLY = (
+    *("num_experts", "num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"),
+    *("router_jitter_noise", "rope_scaling", "head_dim"),
+)
+
 
 class HymbaConfig(PreTrainedConfig):
     """A Hymba's shape under the names of the released ``config.json``.
 
-    The fields below decide something; every other key of the file is kept as an attribute and written back.
+    The fields below decide something; every other key of the file is kept and written back, most as attributes.
     What is left out follows from the rest: `global_attn_idx` is the first, middle and last layer, and
     `kv_reuse_group` pairs the sliding layers between them. :meth:`core` translates for
     :class:`hymba.model.Hymba`.
 
     Raises:
-        HymbaError: the numbers contradict one another, or a switch stands where no release has it.
+        HymbaError: the numbers contradict one another, or a key asks for what Hymba does not do.
     """
 
     model_type = "hymba"
@@ -71,9 +78,14 @@ class HymbaConfig(PreTrainedConfig):
             self.kv_reuse_group = _paired(self.num_hidden_layers, self.global_attn_idx)
         if kwargs.get("attn_implementation") == "flex":  # the released key, not transformers' argument
             del kwargs["attn_implementation"]
+        self._file_only = {key: kwargs.pop(key) for key in _FILE_ONLY if key in kwargs}
         super().__post_init__(**kwargs)
+        if not hasattr(self, "auto_map"):
+            self.auto_map: dict[str, str] = {}  # TRL reads it of every class that transformers does not contain
         for key, value in self.core().to_released().items():
-            if not hasattr(self, key):
+            if key in _FILE_ONLY:
+                self._file_only.setdefault(key, value)
+            elif not hasattr(self, key):
                 setattr(self, key, value)
 
     @classmethod
@@ -86,10 +98,20 @@ class HymbaConfig(PreTrainedConfig):
         if config_dict.get("model_type") == cls.model_type:
             CoreConfig.from_released(config_dict)
         released = {key: value for key, value in config_dict.items() if key != "attn_implementation"}
+        released |= {key: kwargs.pop(key) for key in _FILE_ONLY if key in kwargs}
         loaded = super().from_dict(released, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.core()  # what the caller has changed must be supported too
         config.attn_implementation = config_dict.get("attn_implementation", config.attn_implementation)
         return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every key of the file."""
+        written = super().to_dict()
+        written = written.pop("_file_only", {}) | written
+        if not written.get("auto_map"):
+            written.pop("auto_map", None)
+        return written
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``config.json``, and the files that its `auto_map` names; see :mod:`hymba.hf.remote_code`."""

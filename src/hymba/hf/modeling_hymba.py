@@ -19,12 +19,14 @@ from hymba.hf.attentions import AttentionColumns
 from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
+from hymba.hf.names import translate_state_dict
 from hymba.hf.offload import execution_device, is_hooked, loaded, prepare_dispatched
 from hymba.hf.unsupported import UnpagedGeneration, check_attention
 from hymba.model import Hymba, Scheme
 from hymba.model.cache import Prefix
 from hymba.model.hymba import HybridMixer, HymbaLayer, LayerOutput, Linear
 from hymba.model.init import init_module
+from hymba.model.projection import RMSNorm, are_bare
 from hymba.ops.cross_entropy import linear_cross_entropy
 from hymba.ops.precision import accumulate_dtype
 
@@ -60,8 +62,12 @@ class HymbaCore(Hymba):
             return super().prefix(base)
 
 
+# What `init_module` knows.
+_CORE_MODULES = (Hymba, HybridMixer, RMSNorm, nn.Linear, nn.Embedding, nn.Conv1d)
+
+
 class HymbaPreTrainedModel(PreTrainedModel):
-    """What both models share: loading, initialisation, and what transformers may assume."""
+    """What all models share: loading, initialisation, and what transformers may assume."""
 
     config_class = HymbaConfig
     base_model_prefix = "model"
@@ -83,12 +89,21 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise `module` as the core does, sparing what a checkpoint has filled."""
+        """Initialize `module` as the core does, and what the core does not have as transformers does, sparing what a
+        checkpoint has filled."""
+        if not isinstance(module, _CORE_MODULES):
+            super()._init_weights(module)
+            return
         weights = module.parameters(recurse=isinstance(module, HybridMixer))
         loaded = [(p, p.clone()) for p in weights if getattr(p, "_is_hf_initialized", False)]
         init_module(module, self.config.initializer_range)
         for parameter, value in loaded:
             parameter.copy_(value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take released names beside our own: `Trainer` and others read files with :meth:`load_state_dict`."""
+        translate_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class HymbaModel(HymbaPreTrainedModel):
@@ -202,6 +217,8 @@ class HymbaForCausalLM(UnpagedGeneration, HymbaPreTrainedModel, GenerationMixin)
 
     Args:
         labels: (B, T) int64, the input's own tokens (shifted by one inside), −100 where there is no loss.
+        shift_labels: (B, T) int64, in place of labels: what each column is to predict.
+        num_items_in_batch: what the summed loss is divided by, in place of the number of targets.
         logits_to_keep: how many last columns, or which columns, to compute logits of; 0 is all.
         skip_logits: with labels, compute the loss alone, a block of rows at a time: the logits never exist as a whole.
         others: as :class:`HymbaModel`.
@@ -245,15 +262,17 @@ class HymbaForCausalLM(UnpagedGeneration, HymbaPreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = output.last_hidden_state[:, kept]
+        targets = self._targets(labels, kwargs, output.last_hidden_state.shape[1], kept)
         loss = logits = None
-        if labels is not None and skip_logits:
-            loss = self._loss(output.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        if targets is not None and skip_logits:
+            loss = self._loss(hidden, targets, kwargs)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            scores = self.lm_head(output.last_hidden_state[:, kept])
+            scores = self.lm_head(hidden)
             logits = scores.to(accumulate_dtype(scores))
-            if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if targets is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs | {"shift_labels": targets})
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -262,12 +281,32 @@ class HymbaForCausalLM(UnpagedGeneration, HymbaPreTrainedModel, GenerationMixin)
             attentions=output.attentions,
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, count: int | Tensor | None) -> Tensor:
-        """Return what `loss_function` would of the logits: a sum over tokens, divided by `count` or by their number."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        with loaded(self.lm_head):
-            total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
-        return total / ((targets >= 0).sum() if count is None else count)
+    def _targets(
+        self, labels: Tensor | None, options: dict[str, Any], steps: int, kept: slice | Tensor
+    ) -> Tensor | None:
+        """Return what the kept columns are to predict (B, columns), or None without labels.
+
+        `shift_labels` in `options` are targets already. Where there are as many as the `steps` of the input, the kept
+        ones are selected, as the logits are.
+        """
+        targets = options.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = F.pad(labels, (0, 1), value=options.get("ignore_index", -100))[:, 1:]
+        if targets is None or targets.shape[1] != steps:
+            return targets
+        return targets[:, kept].contiguous()
+
+    def _loss(self, hidden: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return what `loss_function` would of the logits: a sum over tokens, divided by their number or by
+        `num_items_in_batch`."""
+        if not are_bare(self.lm_head):
+            logits = self.lm_head(hidden)
+            return self.loss_function(logits, None, logits.shape[-1], **options | {"shift_labels": targets})
+        targets, ignored = targets.to(hidden.device), options.get("ignore_index", -100)
+        total = linear_cross_entropy(hidden, self.lm_head.weight, targets.masked_fill(targets == ignored, -100))
+        count = options.get("num_items_in_batch")
+        count = (targets != ignored).sum() if count is None else count
+        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Load the generation config, and turn its cache on."""

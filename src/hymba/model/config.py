@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba.errors import HymbaError
+from hymba.model.supported import REQUIRED, check_supported
 from hymba.ops.rotary import ntk_base
 
 CONFIG_FILE = "config.json"
@@ -41,22 +42,6 @@ _RELEASED_KEYS = {
 _LAYER_LISTS = ("global_attn_idx", "kv_reuse_group")
 # Computed from other released keys, or absent there.
 _DERIVED = ("head_dim", "d_inner")
-# The released modelling code has switches that every released checkpoint leaves in one position. We implement that one.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "mlp_hidden_act": "silu",
-    "kq_norm": "none",
-    "kv_weight_reuse": False,
-    "kv_reuse_every_i_layer": -1,
-    "num_experts": 1,
-    "num_experts_per_tok": 1,
-    "num_mamba": 1,
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-    "mamba_inner_layernorms": True,
-    "memory_tokens_interspersed_every": 0,
-    "rope": True,
-}
 # Written into a new config.json so that the released code can read it too; without meaning here.
 _BYSTANDERS: dict[str, Any] = {
     "architectures": ["HymbaForCausalLM"],
@@ -120,6 +105,10 @@ class HymbaConfig:
             ),
             ("head_dim is odd", self.head_dim % 2 == 0),
             (f"rope_type is {self.rope_type!r}, not one of {ROPE_TYPES}", self.rope_type in ROPE_TYPES),
+            (
+                f"sliding_window is {self.sliding_window!r}, not a number of tokens",
+                len(set(self.global_layers)) == self.num_hidden_layers or _is_positive(self.sliding_window),
+            ),
             (
                 "global_layers names a layer that is not there",
                 all(0 <= i < self.num_hidden_layers for i in self.global_layers),
@@ -189,9 +178,7 @@ class HymbaConfig:
         """
         if released.get("model_type") != "hymba":
             raise HymbaError(f"this is a {released.get('model_type')!r} config, not a 'hymba' one")
-        for key, value in _FIXED.items():
-            if released.get(key, value) != value:
-                raise HymbaError(f"config key {key} is {released[key]!r}: only {value!r} is supported")
+        check_supported(released)
         values: dict[str, Any] = {}
         for field in (f for f in fields(cls) if f.name not in _DERIVED):
             key = _RELEASED_KEYS.get(field.name, field.name)
@@ -202,6 +189,8 @@ class HymbaConfig:
                 raise HymbaError(f"config key {key} is missing: a Hymba config carries every key")
         attention_width = _or(released.get("attn_hidden_size"), values["hidden_size"])
         values["head_dim"] = _or(released.get("kq_head_dim"), attention_width // values["num_attention_heads"])
+        if released.get("head_dim") not in (None, values["head_dim"]):
+            raise HymbaError(f"config key head_dim is {released['head_dim']}: kq_head_dim says {values['head_dim']}")
         values["d_inner"] = int(released.get("mamba_expand", 2) * values["hidden_size"])
         return cls(**values)
 
@@ -210,7 +199,7 @@ class HymbaConfig:
         names = {f.name: _RELEASED_KEYS.get(f.name, f.name) for f in fields(self) if f.name not in _DERIVED}
         released = {key: _thaw(getattr(self, name)) for name, key in names.items()}
         plain_width = self.head_dim * self.num_attention_heads == self.hidden_size
-        released |= _FIXED | _BYSTANDERS
+        released |= REQUIRED | _BYSTANDERS
         released |= {
             "conv_dim": {str(i): self.d_inner for i in range(self.num_hidden_layers)},
             "kq_head_dim": -1 if plain_width else self.head_dim,
@@ -242,6 +231,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def _or(value: int | None, otherwise: int) -> int:
     """Return `value`, or `otherwise` where the released config says None or −1."""
     return otherwise if value in (None, -1) else int(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _freeze(value: Any) -> Any:

@@ -26,6 +26,7 @@ from hymba.model.projection import (
     add_projection,
     project_gated,
     project_norm,
+    project_step,
 )
 from hymba.ops.attention import Heads, attention, attention_weights, visible, weigh_values
 from hymba.ops.causal_conv1d import causal_conv1d
@@ -307,14 +308,15 @@ class HybridMixer(nn.Module):
         u, conv_state = self.conv(u, conv_state, in_place, call)
         norms = self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
         dt, B, C = norm_parts(self.x_proj(u), norms, c.rms_norm_eps)
+        steps, bias = project_step(self.dt_proj, dt)
         y, ssm_state = selective_scan(
             u,
-            self.dt_proj(dt),
+            steps,
             self.A_log,
             B,
             C,
             self.D,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=bias,
             gate=gate,
             initial_state=ssm_state,
             lengths=call.lengths,

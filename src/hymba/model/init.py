@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hymba.model.config import HymbaConfig
-from hymba.model.hymba import HybridMixer, Hymba, RMSNorm
+from hymba.model.hymba import HybridMixer, Hymba, RMSNorm, StepProjection
 
 # Mamba draws its initial step sizes log-uniformly between these (arXiv 2312.00752, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -64,8 +64,12 @@ def init_module(module: nn.Module, std: float) -> None:
         module.weight.uniform_(-bound, bound)
         if module.bias is not None:
             module.bias.uniform_(-bound, bound)
-    elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.bias is None):
+    elif isinstance(module, nn.Embedding):
         module.weight.normal_(std=std)
+    elif isinstance(module, nn.Linear) and not isinstance(module, StepProjection):  # that one is the mixer's
+        module.weight.normal_(std=std)
+        if module.bias is not None:
+            module.bias.zero_()
 
 
 def _init_ssm(mixer: HybridMixer) -> None:

@@ -7,17 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hymba.model import is_matrix
 from hymba.training.recipe import Recipe
-
-
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Say whether a parameter is a projection inside a layer: a matrix between two activations.
-
-    All else is AdamW's and never decays: embeddings, meta tokens, norms, the convolution, A_log, D, biases.
-    """
-    return parameter.ndim == 2 and any(part.endswith("_proj") for part in name.split("."))
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
