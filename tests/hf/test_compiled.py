@@ -132,3 +132,12 @@ def test_export_of_any_length(small: HymbaForCausalLM, names: tuple[str, ...], s
 def test_an_exported_program_has_no_cache(small: HymbaForCausalLM) -> None:
     with pytest.raises(HymbaError, match="export with use_cache=False"):
         export(small, (), {"input_ids": tokens(2, 9), "use_cache": True}, strict=False)
+
+
+def test_dynamic_rotary_bases_are_not_exported(build: Callable[..., HymbaForCausalLM]) -> None:
+    model = build(**SMALL, rope_type="dynamic_ntk").eval()
+    with pytest.raises(HymbaError, match="dynamic_ntk"):
+        export(model, (), {"input_ids": tokens(2, 9)}, strict=False)
+    loose = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert_same(loose(tokens(2, 9)), model(tokens(2, 9)))

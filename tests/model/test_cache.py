@@ -62,22 +62,6 @@ def test_wrong_rows_and_sizes_are_refused(model):
         model()
 
 
-def test_meta_tokens_run_once_per_set_of_weights(monkeypatch):
-    model, runs = micro_model(), []
-    original = model.run_meta_tokens
-    monkeypatch.setattr(model, "run_meta_tokens", lambda *a, **k: runs.append(1) or original(*a, **k))
-    with torch.no_grad():
-        for _ in range(3):
-            model.allocate_cache(1, 4)
-            model(torch.tensor([[1, 2]]))
-        assert len(runs) == 1
-        before = model(torch.tensor([[1, 2]])).hidden
-        model.meta_tokens.add_(1.0)
-        after = model(torch.tensor([[1, 2]])).hidden
-    assert len(runs) == 2
-    assert not torch.allclose(before, after)
-
-
 def test_gradients_reach_the_meta_tokens_through_every_state():
     model = micro_model(dtype=torch.float64)
     model(torch.tensor([[1, 2, 3]])).hidden.sum().backward()

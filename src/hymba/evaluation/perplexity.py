@@ -130,13 +130,15 @@ def score_tokens(
     ends = [*range(width, total, stride), total]
     fresh = [width, *(b - a for a, b in pairwise(ends))]
     rows = max(1, BATCH_TOKENS // width)
-    nats, done = 0.0, 0
+    nats, done, prefix = 0.0, 0, model.prefix()  # the weights do not change meanwhile
     for first in range(0, len(ends), rows):
         batch = list(zip(ends[first : first + rows], fresh[first : first + rows], strict=True))
         windows = torch.stack([text[end - width : end] for end, _ in batch])
         windows[:, 0] = bos
-        cache = None if cache_bits is None else model.allocate_cache(len(batch), width, cache_bits)
-        hidden = model(windows, cache=cache).hidden
+        if cache_bits is None:
+            hidden = model(windows, prefix=prefix).hidden
+        else:
+            hidden = model(windows, cache=model.allocate_cache(len(batch), width, cache_bits, prefix)).hidden
         scored = torch.cat([row[width - new :] for row, (_, new) in zip(hidden, batch, strict=True)])
         targets = torch.cat([text[end - new + 1 : end + 1] for end, new in batch])
         nats += _sum_nats(model, scored, targets)

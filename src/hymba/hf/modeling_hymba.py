@@ -54,10 +54,10 @@ class HymbaCore(Hymba):
         """Where the model runs; offloaded weights are elsewhere."""
         return execution_device(self.final_norm) or self.final_norm.weight.device
 
-    def prefix(self, base: float | None = None) -> Prefix:
+    def prefix(self, base: float | Tensor | None = None) -> Prefix:
         """Return the meta tokens' state; see :meth:`hymba.model.Hymba.prefix`."""
-        if torch.compiler.is_compiling():  # nothing may be kept from one call to the next
-            return self.run_meta_tokens(base)[0]
+        if not is_hooked(self):
+            return super().prefix(base)
         with loaded(self):
             return super().prefix(base)
 
@@ -163,6 +163,10 @@ class HymbaModel(HymbaPreTrainedModel):
         """Translate the arguments, run the core, translate its output."""
         if is_hooked(self.core.final_norm):
             prepare_dispatched(self)
+        if torch.compiler.is_compiling() and self.config.rope_type == "dynamic_ntk":
+            raise HymbaError(
+                'rope_type "dynamic_ntk" depends on lengths, which a compiled graph does not see: use "ntk"'
+            )
         steps = _steps(input_ids, inputs_embeds)
         layout = Layout.of_mask(last_columns(attention_mask, steps))
         # A graph is traced without values, so there the positions of a call with a cache are never those of documents.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hymba.errors import HymbaError
 from hymba.inference.generate import Continuation
 from hymba.inference.sampling import SamplingParams
-from hymba.model import Cache, Hymba
+from hymba.model import Cache, Hymba, Prefix
 from hymba.text import render
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ class Conversation:
     """Questions and answers under the checkpoint's chat template.
 
     A recurrent state cannot be cropped, so what the model wrote stays in the cache as it wrote it. A new turn
-    adds what the template puts behind the answer, less what the model has already written of it.
+    adds what the template puts behind the answer, less what the model has already written of it. The model's weights
+    must not change meanwhile.
 
     Args:
         params: of every answer; give `hymba.text.STOP_STRINGS` as `stop`.
@@ -39,6 +42,7 @@ class Conversation:
         self._prompt = ""  # all that was rendered before the last answer
         self._answer: Continuation | None = None
         self._cache: Cache | None = None
+        self._prefix: Prefix | None = None  # the meta tokens' state, for every cache
 
     def ask(self, text: str) -> Continuation:
         """Add the user's turn and return the answer: iterate it, to its end or not, before the next `ask`.
@@ -56,10 +60,16 @@ class Conversation:
         else:
             cache = self._cache
         if cache is None:
-            cache = self.model.allocate_cache(1, len(tokens) + self.params.max_new_tokens, self.cache_bits)
+            cache = self._new_cache(len(tokens) + self.params.max_new_tokens)
         answer = Continuation(self.model, self.tokenizer, tokens, self.params, cache)
         self.messages, self._prompt, self._answer, self._cache = messages, prompt, answer, cache
         return answer
+
+    @torch.no_grad()
+    def _new_cache(self, max_length: int) -> Cache:
+        if self._prefix is None:
+            self._prefix = self.model.prefix()
+        return self.model.allocate_cache(1, max_length, self.cache_bits, self._prefix)
 
     def _settled(self) -> list[dict[str, str]]:
         """Return the messages so far, the last answer included."""

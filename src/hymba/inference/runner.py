@@ -19,6 +19,8 @@ WARM = 256  # tokens of the prompt that has the kernels compiled
 class Runner:
     """Runs prompts on single rows, and the first rows of the cache together, a token or a checked draft each.
 
+    The model's weights must not change meanwhile: the meta tokens' state is computed once, and steps are recorded.
+
     Args:
         rows, max_length, cache_bits: of the cache, as in :meth:`hymba.model.Hymba.allocate_cache`.
     """
@@ -26,8 +28,8 @@ class Runner:
     def __init__(self, model: Hymba, rows: int, max_length: int, cache_bits: int | None = None) -> None:
         self.model = model
         with torch.no_grad():
-            self.cache: Cache = model.allocate_cache(rows, max_length, cache_bits)
             self._prefix = model.prefix()
+            self.cache: Cache = model.allocate_cache(rows, max_length, cache_bits, self._prefix)
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.cache.lengths.is_cuda else None
 

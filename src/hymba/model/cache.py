@@ -36,10 +36,13 @@ class Slots(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """The state after the meta tokens, the same for every row: B = 1, and row-expanded views when it is used.
+    """The state after the meta tokens. One row serves a batch of any size: it is expanded without a copy.
 
-    keys, values: per owning layer, (1, M, G, K) and (1, M, G, V), keys rotated.
-    conv_state, ssm_state: per layer, (1, E, d_conv − 1) and (1, E, N), the latter in at least float32.
+    It is valid as long as the weights, hooks, adapters and autocast are those it was computed with, and nothing checks
+    that. With `rope_type` "dynamic_ntk" it may have a row per sequence, each for its own rotary base.
+
+    keys, values: per owning layer, (1 or B, M, G, K) and (1 or B, M, G, V), keys rotated.
+    conv_state, ssm_state: per layer, (1 or B, E, d_conv − 1) and (1 or B, E, N), the latter in at least float32.
     """
 
     keys: dict[int, Tensor]
@@ -59,6 +62,11 @@ class Prefix:
         values = torch.zeros(1, 0, c.num_key_value_heads, c.v_head_dim, dtype=dtype, device=device)
         n = c.num_hidden_layers
         return cls(dict.fromkeys(owners, keys), dict.fromkeys(owners, values), [conv] * n, [ssm] * n)
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Return the rows named by the index `rows`, repeats allowed, of a prefix that has several."""
+        keys, values = ({i: x[rows] for i, x in held.items()} for held in (self.keys, self.values))
+        return Prefix(keys, values, [x[rows] for x in self.conv_state], [x[rows] for x in self.ssm_state])
 
     def next_positions(self, rows: int) -> Tensor:
         """Return the position, meta tokens counted, of each row's next token. (B,)"""

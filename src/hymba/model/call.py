@@ -21,7 +21,7 @@ class Call:
 
     query_positions: (B, T). key_positions: by window, (B, S). slots: by window, where the call's keys are kept.
     rotary: cos and sin, (B, T, K/2).
-    lengths: (B,) or None. documents, document_offsets: (B, T) or None.
+    lengths: (B,) or None. documents, document_offsets: (B, T) or None, as :func:`split_documents` returns them.
     pattern: a name for what is seen where sizes alone decide it, else None.
     """
 
@@ -42,22 +42,24 @@ class Call:
         config: HymbaConfig,
         x: Tensor,
         memory: Cache | Prefix,
-        base: float,
+        base: float | Tensor,
         *,
         lengths: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         output_attentions: bool = False,
     ) -> Call:
-        """Place the inputs `x` (B, T, D) behind what `memory` holds; `base` is the rotary base, the rest as in
-        :meth:`hymba.model.Hymba.forward`."""
+        """Place the inputs `x` (B, T, D) after what `memory` holds.
+
+        Args:
+            base: rotary base of all rows, or (B,) of each.
+            lengths, documents, positions, output_attentions: as in :meth:`hymba.model.Hymba.forward`.
+        """
         rows, steps = x.shape[:2]
         columns = torch.arange(steps, device=x.device)
         offsets = columns.expand(rows, -1)
         if documents is not None:
-            starts = torch.ones_like(documents, dtype=torch.bool)
-            starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            offsets = offsets - torch.where(starts, offsets, 0).cummax(dim=1).values
+            documents, offsets = split_documents(documents)
         natural = memory.next_positions(rows)[:, None] + offsets
         rotary_positions = natural if positions is None else positions + config.num_meta_tokens
         queries = natural if lengths is None else torch.where(columns < lengths[:, None], natural, -1)
@@ -96,6 +98,17 @@ class Call:
             "key_documents": key_documents,
             "plan": Plan(self.pattern),
         }
+
+
+def split_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which document of its row each token belongs to, counted from 0, and the token's offset in it. (B, T) each
+
+    A document is a run of equal numbers: one that comes again later in the row starts another document.
+    """
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    columns = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape[0], -1)
+    return starts.cumsum(1) - 1, columns - torch.where(starts, columns, 0).cummax(dim=1).values
 
 
 def _pattern(memory: Cache | Prefix, lengths: Tensor | None, documents: Tensor | None, *sizes: int) -> Hashable | None:

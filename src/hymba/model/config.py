@@ -141,8 +141,16 @@ class HymbaConfig:
         """Return W for a sliding layer and None for a global one."""
         return None if layer in self.global_layers else self.sliding_window
 
+    @property
+    def dynamic_rope(self) -> bool:
+        """Whether the rotary base depends on the length of a sequence."""
+        return self.rope_type == "dynamic_ntk"
+
     def rope_base(self, length: int) -> float:
-        """Return the rotary base for `length` positions; the length matters to "dynamic_ntk" only."""
+        """Return the rotary base of a sequence of `length` positions, meta tokens counted.
+
+        Only "dynamic_ntk" looks at the length: past `orig_max_position_embeddings` the base grows with it.
+        """
         trained = self.orig_max_position_embeddings
         if self.rope_type == "ntk":
             return ntk_base(self.rope_theta, self.max_position_embeddings, trained, self.head_dim)

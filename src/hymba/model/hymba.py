@@ -2,8 +2,8 @@
 
 Every layer reads its input with attention heads and Mamba heads side by side and averages the two. There is one path:
 training has no cache, prefill is T > 1, decode is T = 1, and a chunk is any T on a filled cache. The M meta tokens run
-once, as one row; what they leave (:class:`~hymba.model.cache.Prefix`) is where every row and every packed document
-starts.
+once a call without a cache, as one row; the state they leave (:class:`~hymba.model.cache.Prefix`) is where every row
+and every packed document starts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hymba.errors import HymbaError
+from hymba.model.arguments import Placement, check_inputs, check_memory, check_tokens
 from hymba.model.cache import Cache, Prefix
 from hymba.model.call import Call
 from hymba.model.config import HymbaConfig
+from hymba.model.dynamic_rope import as_tensor, prefix_of_rows, restart_rows, rope_bases, run_as_rows
+from hymba.model.output import HymbaOutput, empty_output
 from hymba.model.projection import (
     Linear,
     RMSNorm,
@@ -38,19 +40,6 @@ from hymba.ops.rotary import apply_rotary
 from hymba.ops.selective_scan import selective_scan
 
 
-class HymbaOutput(NamedTuple):
-    """What a forward pass returns.
-
-    hidden: (B, T, D) after the final norm.
-    hidden_states: None, or L + 1 tensors (B, T, D): the input of each layer, then `hidden`.
-    attentions: None, or L tensors (B, H, T, S) in at least float32, the meta tokens first, then what the layer keeps.
-    """
-
-    hidden: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
 class Hymba(nn.Module):
     """The hybrid-head language model. Weights are uninitialised until `init_weights` or `load` fills them."""
 
@@ -65,7 +54,6 @@ class Hymba(nn.Module):
         self.layers = nn.ModuleList(self.layer_class(c, i) for i in range(c.num_hidden_layers))
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False)
-        self._kept_prefix: tuple[tuple, Prefix] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -83,46 +71,54 @@ class Hymba(nn.Module):
         *,
         embeddings: Tensor | None = None,
         cache: Cache | None = None,
+        prefix: Prefix | None = None,
         lengths: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> HymbaOutput:
-        """Run T tokens of each row behind the meta tokens, or behind what `cache` holds.
+        """Run T tokens of each row after the meta tokens, or after what `cache` holds.
+
+        B and T may be 0: the outputs are then empty, and the cache stays as it is.
 
         Args:
             tokens: (B, T) int64, text tokens only; or
             embeddings: (B, T, D) in their place.
             cache: read and, at the end, T tokens longer.
-            lengths: (B,) int64, real tokens per row; the rest of the row is padding on the right. None: all T.
-            documents: (B, T) int64, the same number on all tokens of one packed document. Not with a cache.
-            positions: (B, T) int64 rotary positions in place of the natural ones, 0 = first text token.
+            prefix: the meta tokens' state, for callers who know that the weights have not changed since they called
+                :meth:`prefix`; None computes it. Not with a cache, which holds it already.
+            lengths: (B,) int64 in 0 … T, real tokens per row; the rest of the row is padding on the right. None: all T.
+                Nothing in the padding, NaN included, reaches a real token, a state or a gradient.
+            documents: (B, T) int64, the same number on all tokens of one packed document; a number that comes again
+                after another one starts a new document. Not with a cache.
+            positions: (B, T) int64 rotary positions in place of the natural ones, 0 = first text token. They may pass
+                `max_position_embeddings`, but not be negative. They do not change which tokens are seen.
+
+        Returns:
+            Outputs that are zero at padding.
 
         Raises:
-            HymbaError: the arguments contradict one another, or the cache is full.
+            HymbaError: the arguments contradict one another, one has the wrong shape or dtype, the cache is full, or,
+                on the CPU, a value is out of range.
         """
-        if (tokens is None) == (embeddings is None):
-            raise HymbaError("give either tokens or embeddings")
-        if cache is not None and documents is not None:
-            raise HymbaError("packed documents and a cache exclude each other: run the documents as rows")
-        x = self.embed_tokens(tokens).to(self.dtype) if embeddings is None else embeddings
-        base = self._rope_base(x.shape[1], cache)
-        memory = self.prefix(base) if cache is None else cache
-        memory.reserve(lengths, x.shape[1])
-        call = Call.place(
-            self.config,
-            x,
-            memory,
-            base,
-            lengths=lengths,
-            documents=documents,
-            positions=positions,
-            output_attentions=output_attentions,
-        )
-        output, _ = self._run(x, memory, call, output_hidden_states)
-        memory.advance(lengths, x.shape[1])
-        return output
+        size = check_inputs(self.config, tokens, embeddings)
+        check_memory(cache, prefix, documents, size[0])
+        where = Placement.checked(size, lengths, documents, positions)
+        x = self._embed(tokens, embeddings, where.padding)
+        outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        if 0 in size:
+            return empty_output(self.config, x, cache, **outputs)
+        if not self.config.dynamic_rope:
+            return self._run_texts(x, cache or prefix or self.prefix(), self._meta_base, where, **outputs)
+        bases = rope_bases(self.config, x, cache, where)
+        if documents is not None and {*bases} != {self._meta_base}:
+            return run_as_rows(self.forward, x, where, self.config.num_meta_tokens, **outputs)
+        if cache is not None:
+            restart_rows(cache, bases, self.prefix)
+        elif {*bases} != {self._meta_base}:
+            prefix = prefix_of_rows(bases, self.prefix)
+        return self._run_texts(x, cache or prefix or self.prefix(), as_tensor(bases), where, **outputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., vocab) logits in at least float32 of hidden states (..., D)."""
@@ -130,37 +126,86 @@ class Hymba(nn.Module):
         scores = linear(hidden, head.weight)
         return scores.to(accumulate_dtype(scores))
 
-    def allocate_cache(self, rows: int, max_length: int, bits: int | None = None) -> Cache:
+    def allocate_cache(
+        self, rows: int, max_length: int, bits: int | None = None, prefix: Prefix | None = None
+    ) -> Cache:
         """Return a cache for `rows` sequences of up to `max_length` text tokens, holding the meta tokens' state.
 
-        `bits`: of its keys and values, 8 or those of the model's dtype.
+        Args:
+            rows, max_length: positive.
+            bits: of its keys and values, 8 or those of the model's dtype.
+            prefix: the meta tokens' state, if it is known from the same weights; None computes it.
         """
         with torch.no_grad():
-            return Cache.start(self.config, self.prefix(), rows, max_length, bits)
+            return Cache.start(self.config, prefix or self.prefix(), rows, max_length, bits)
 
-    def prefix(self, base: float | None = None) -> Prefix:
-        """Return the meta tokens' state for a rotary base; without gradients it is computed once per weights."""
-        base = self._rope_base(0, None) if base is None else base
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return self.run_meta_tokens(base)[0]
-        key = (base, self._autocast_dtype(), *((p.data_ptr(), _version(p)) for p in self.parameters()))
-        if self._kept_prefix is None or self._kept_prefix[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept_prefix = key, self.run_meta_tokens(base)[0]
-        return self._kept_prefix[1]
+    def prefix(self, base: float | Tensor | None = None) -> Prefix:
+        """Run the meta tokens and return the state they leave, where every sequence starts; differentiable.
+
+        Nothing is kept from call to call: weights change in ways that a module is not told of (fused optimizers,
+        `p.data`, adapters, hooks). Callers whose weights are frozen keep what this returns and pass it on.
+
+        Args:
+            base: rotary base, or (n,) bases of as many rows; None: that of a sequence of meta tokens alone.
+        """
+        return self.run_meta_tokens(base)[0]
 
     def run_meta_tokens(
-        self, base: float | None = None, output_hidden_states: bool = False, output_attentions: bool = False
+        self,
+        base: float | Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> tuple[Prefix, HymbaOutput]:
-        """Run the meta tokens alone, one row of T = M, and return the state they leave and their own outputs."""
+        """Run the meta tokens alone, T = M, one row for each `base`; return the state they leave and their outputs."""
         blank = Prefix.blank(self.config, self.dtype, self.device)
         if self.meta_tokens is None:
             return blank, HymbaOutput(self.final_norm.weight.new_empty(1, 0, self.config.hidden_size))
         x = self.meta_tokens[None]
-        base = self._rope_base(0, None) if base is None else base
+        if isinstance(base, Tensor):
+            x = x.expand(len(base), -1, -1)
+        base = self._meta_base if base is None else base
         call = Call.place(self.config, x, blank, base, output_attentions=output_attentions)
         output, prefix = self._run(x, blank, call, output_hidden_states)
         return prefix, output
+
+    @property
+    def _meta_base(self) -> float:
+        """The rotary base of a sequence of meta tokens alone; of all sequences, unless the base is dynamic."""
+        return self.config.rope_base(self.config.num_meta_tokens)
+
+    def _embed(self, tokens: Tensor | None, embeddings: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Return the inputs of the first layer (B, T, D), zero at padding whatever stands there."""
+        if tokens is not None:
+            tokens = tokens if padding is None else tokens.masked_fill(padding, 0)
+            check_tokens(tokens, self.config.vocab_size)
+            embeddings = self.embed_tokens(tokens).to(self.dtype)
+        assert embeddings is not None
+        return embeddings if padding is None else embeddings.masked_fill(padding[..., None], 0)
+
+    def _run_texts(
+        self,
+        x: Tensor,
+        memory: Cache | Prefix,
+        base: float | Tensor,
+        where: Placement,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> HymbaOutput:
+        """Run inputs (B, T, D) after what `memory` holds, which takes them in."""
+        memory.reserve(where.lengths, x.shape[1])
+        call = Call.place(
+            self.config,
+            x,
+            memory,
+            base,
+            lengths=where.lengths,
+            documents=where.documents,
+            positions=where.positions,
+            output_attentions=output_attentions,
+        )
+        output, _ = self._run(x, memory, call, output_hidden_states)
+        memory.advance(where.lengths, x.shape[1])
+        return output if where.padding is None else output.cleared(where.padding)
 
     def _run(
         self, x: Tensor, memory: Cache | Prefix, call: Call, output_hidden_states: bool
@@ -186,15 +231,6 @@ class Hymba(nn.Module):
             tuple(attentions) if call.output_attentions else None,
         )
         return output, Prefix(keys, values, conv_states, ssm_states)
-
-    def _rope_base(self, steps: int, cache: Cache | None) -> float:
-        """Return the rotary base; only "dynamic_ntk" looks at the length, as the released code does, call by call."""
-        held = 0 if cache is None or self.config.rope_type != "dynamic_ntk" else int(cache.lengths.max())
-        return self.config.rope_base(self.config.num_meta_tokens + held + steps)
-
-    def _autocast_dtype(self) -> torch.dtype | None:
-        device = self.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class LayerOutput(NamedTuple):
@@ -290,10 +326,10 @@ class HybridMixer(nn.Module):
         """Return the attention branch (B, T, E), the keys and values attended to, and its matrices (B, H, T, S) when
         they are asked for. An owner's own `kv` join the stored ones first."""
         if self.is_owner:
-            k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
+            k = apply_rotary(self._heads(kv[0], self.config.num_key_value_heads), *call.rotary)
             v = self._heads(kv[1], self.config.num_key_value_heads)
             keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
-        q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
+        q = apply_rotary(self._heads(q, self.config.num_attention_heads), *call.rotary)
         mask = call.mask(self.window, self.config.num_meta_tokens)
         if not call.output_attentions:
             return attention(q, keys, values, **mask).flatten(2), keys, values, None
@@ -328,9 +364,6 @@ class HybridMixer(nn.Module):
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, -1))
 
-    def _rotate(self, x: Tensor, call: Call) -> Tensor:
-        return apply_rotary(x, *call.rotary)
-
 
 class CausalConv(nn.Conv1d):
     """The short convolution before the scan, and its SiLU."""
@@ -364,8 +397,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """Add the MLP of the normed stream to the stream (B, T, D)."""
         return add_projection(self.down_proj, project_gated(norm, self.gate_proj, self.up_proj, x), x)
-
-
-def _version(parameter: Tensor) -> int:
-    """Return a number that grows with every change made in place."""
-    return 0 if parameter.is_inference() else parameter._version

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hymba.model.cache import Cache, Prefix, each_part, parts_of
+from hymba.ops.attention import QuantizedHeads, round_heads
 
 
 def view_rows(cache: Cache, first: int, count: int, longest: int) -> Cache:
@@ -32,12 +33,32 @@ def view_rows(cache: Cache, first: int, count: int, longest: int) -> Cache:
     )
 
 
+def place_prefix(cache: Cache, rows: Tensor, prefix: Prefix) -> None:
+    """Replace the meta tokens' state in the rows named by the index `rows` (n,), which hold no text yet.
+
+    Args:
+        prefix: of one row, or of n rows.
+    """
+    meta = cache.config.num_meta_tokens
+    for owner in cache.keys:
+        for held, new in zip(cache.stored(owner), prefix.stored(owner), strict=True):
+            own = round_heads(new.detach()) if isinstance(held, QuantizedHeads) else new
+            for part, x in zip(parts_of(held), parts_of(own), strict=True):
+                part[rows, :meta] = x.to(part.dtype)
+    for layer, (conv_state, ssm_state) in enumerate(zip(prefix.conv_state, prefix.ssm_state, strict=True)):
+        cache.conv_state[layer, rows] = conv_state
+        cache.ssm_state[layer, rows] = ssm_state
+
+
 def clear_row(cache: Cache, row: int, prefix: Prefix) -> None:
-    """Let a row hold the meta tokens alone. Their keys and values are there; what lies behind them is not seen."""
+    """Let a row hold the meta tokens alone; slots of text that remain are not seen."""
+    cache.lengths[row] = 0
+    if cache.config.dynamic_rope:  # the text before may have had meta tokens of its own rotary base
+        place_prefix(cache, torch.tensor([row], device=cache.lengths.device), prefix)
+        return
     for layer, (conv_state, ssm_state) in enumerate(zip(prefix.conv_state, prefix.ssm_state, strict=True)):
         cache.conv_state[layer, row] = conv_state[0]
         cache.ssm_state[layer, row] = ssm_state[0]
-    cache.lengths[row] = 0
 
 
 @dataclass(frozen=True)
@@ -115,11 +136,13 @@ class Undo:
 
 
 def _slots_in_use(cache: Cache, row: int, tokens: int) -> Iterator[Tensor]:
-    """Yield the slots (S, …) of a row that a text of `tokens` tokens has filled, for each part of each buffer."""
+    """Yield the slots (S, …) of a row that differ from an empty row's after `tokens` tokens, for each part of each
+    buffer: those of the text, and with a dynamic rotary base those of the meta tokens too."""
     meta = cache.config.num_meta_tokens
+    first = 0 if cache.config.dynamic_rope else meta
     for part, window in _parts(cache, row):
         ring = cache.max_length if window is None else window + 1
-        yield part[meta : meta + min(tokens, ring)]
+        yield part[first : meta + min(tokens, ring)]
 
 
 def _parts(cache: Cache, row: int) -> Iterator[tuple[Tensor, int | None]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from hymba.errors import HymbaError
 from hymba.ops import native
@@ -75,6 +75,11 @@ class Recording(TorchDispatchMode):
 
     def _add(self, call: Callable, arguments: tuple, keywords: dict | None = None) -> None:
         self._calls.append((call, arguments, keywords or {}))
+
+
+def is_recorded() -> bool:
+    """Return whether a :class:`Recording` is active: values must then not be read into Python."""
+    return any(isinstance(mode, Recording) for mode in _get_current_dispatch_mode_stack())
 
 
 @functools.cache

@@ -38,17 +38,19 @@ def attention(
     Positions count the meta tokens: 0…M−1 are the meta tokens, the first text token is M, and −1 marks padding or an
     empty slot. Query i sees key j when j is not empty, j ≤ i, and, in a sliding layer, i − j ≤ window or j < M. With
     packed documents, positions restart at M in each, and a key is seen only from its own document or when it is a meta
-    token. The order of the keys is free: a ring buffer needs no unrolling.
+    token. The order of the keys is free: a ring buffer needs no unrolling. B, T and S may be 0; a query that sees
+    nothing gets zeros.
 
     Args:
         q: (B, T, H, K) queries, already rotated.
         k: (B, S, G, K) keys, already rotated; H is a multiple of G, and query heads 5g…5g+4 use KV head g when H = 5G.
         v: (B, S, G, V) values; V may differ from K. Keys and values are tensors in the dtype of `q`, or both quantised.
         query_positions: (B, T) int64.
-        key_positions: (B, S) int64.
+        key_positions: (B, S) int64. What lies in empty slots, NaN included, has no effect.
         window: W, or None in a global layer. The token exactly W back is visible.
         num_meta: M.
-        query_documents, key_documents: (B, T) and (B, S) int64 document numbers of a packed row, or both None.
+        query_documents, key_documents: (B, T) and (B, S) int64 document numbers of a packed row, one for each
+            document, or both None.
         plan: where implementations keep what they work out from these arguments, for other calls with the same; or
             None. It never changes the result.
 

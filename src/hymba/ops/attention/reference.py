@@ -59,18 +59,28 @@ def visible(
 
 
 def attention_weights(q: Tensor, k: Heads, seen: Tensor) -> Tensor:
-    """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero."""
+    """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero.
+
+    Queries that see nothing and keys that nobody sees have no effect, not even as NaN.
+    """
     wide = accumulate_dtype(q)
-    keys = widen(k, wide).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    queries = (q.to(wide) * q.shape[-1] ** -0.5).masked_fill(~seen.any(2)[..., None, None], 0)
+    keys = widen(k, wide).masked_fill(~seen.any(1)[..., None, None], 0)
+    keys = keys.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.einsum("bthk,bshk->bhts", q.to(wide) * q.shape[-1] ** -0.5, keys)
+        scores = torch.einsum("bthk,bshk->bhts", queries, keys)
     scores = scores.masked_fill(~seen[:, None], torch.finfo(wide).min)
     return scores.softmax(dim=-1) * seen[:, None]
 
 
 def weigh_values(weights: Tensor, v: Heads) -> Tensor:
-    """Return the sums (B, T, H, V) of the values (B, S, G, V) under attention matrices (B, H, T, S)."""
-    values = widen(v, weights.dtype).repeat_interleave(weights.shape[1] // v.shape[2], dim=2)
+    """Return the sums (B, T, H, V) of the values (B, S, G, V) under attention matrices (B, H, T, S).
+
+    Values that have no weight anywhere have no effect, not even as NaN.
+    """
+    unused = ~weights.detach().any(2).any(1)
+    values = widen(v, weights.dtype).masked_fill(unused[..., None, None], 0)
+    values = values.repeat_interleave(weights.shape[1] // v.shape[2], dim=2)
     with torch.autocast(weights.device.type, enabled=False):
         return torch.einsum("bhts,bshv->bthv", weights, values)
 

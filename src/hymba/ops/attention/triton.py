@@ -238,7 +238,7 @@ def _weigh(
     total = total * fade + tl.sum(weights, 1)
     values = tl.where(near[:, None], values, 0)  # what lies there may be no number
     if QUANTIZED:  # integers and bfloat16 have the range; float16 would lose small products
-        weights = weights * value_scale[None, :]
+        weights = weights * tl.where(near, value_scale, 0.0)[None, :]
         entries = values.to(tl.float32).to(tl.float32 if queries.dtype == tl.float32 else tl.bfloat16)
     else:
         entries = values

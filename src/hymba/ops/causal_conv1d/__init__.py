@@ -29,11 +29,12 @@ def causal_conv1d(
     """Convolve each channel with its own taps over the current and earlier steps, then apply SiLU.
 
     Args:
-        u: (B, T, E) inputs.
+        u: (B, T, E) inputs. B and T may be 0; without steps the final state is the initial one.
         weight: (E, taps); the last tap weighs the current step.
         bias: (E,).
         initial_state: (B, E, taps − 1) inputs before step 0, oldest first; zeros when None.
-        lengths: (B,) int64, valid steps per row; all T when None. They decide the final state only.
+        lengths: (B,) int64 in 0 … T, valid steps per row; all T when None. They decide the final state only. Later
+            inputs reach neither it nor earlier outputs; for gradients they must be finite.
         document_offsets: (B, T) int64, each step's distance from the start of its packed document. A document sees
             `initial_state` before its first step and nothing of its neighbour.
         final_state: (B, E, taps − 1) takes the final state in place of a new tensor; it may be `initial_state` itself.

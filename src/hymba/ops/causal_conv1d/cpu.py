@@ -19,7 +19,7 @@ def causal_conv1d(
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast path for :func:`hymba.ops.causal_conv1d.causal_conv1d`, same signature."""
-    if document_offsets is not None:
+    if document_offsets is not None or not u.numel():
         rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
         return reference.causal_conv1d(u, weight, bias, initial_state=initial_state, **rest)
     taps = weight.shape[1]

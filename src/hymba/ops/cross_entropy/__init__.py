@@ -24,9 +24,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Differentiable in `x` and `weight`.
 
     Args:
-        x: (..., D) hidden states.
+        x: (..., D) hidden states, any number of them, 0 included.
         weight: (vocabulary, D), the head.
-        targets: (...) int64 token numbers; where one is negative there is no loss.
+        targets: (...) int64 token numbers; where one is negative there is no loss, whatever the hidden state is.
 
     Returns:
         The sum in nats, a number in at least float32. Logits are in the dtype of linear maps, the rest is in at least
@@ -38,8 +38,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if x.shape[:-1] != targets.shape or x.shape[-1:] != weight.shape[1:]:
         shapes = ", ".join(str(tuple(v.shape)) for v in (x, weight, targets))
         raise HymbaError(f"linear_cross_entropy: hidden states, head and targets do not fit together: {shapes}")
-    if not torch.compiler.is_compiling() and targets.numel() and int(targets.max()) >= weight.shape[0]:
-        raise HymbaError(f"a target is {int(targets.max())}, the vocabulary has {weight.shape[0]} tokens")
+    if targets.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in targets.aminmax())
+        if high >= weight.shape[0]:
+            raise HymbaError(f"a target is {high}, the vocabulary has {weight.shape[0]} tokens")
+        if low < 0:  # hidden states without a loss reach no gradient, not even as NaN
+            x = x.masked_fill((targets < 0)[..., None], 0)
     return choose(IMPLEMENTATIONS, x)(x, weight, targets)
 
 

@@ -33,7 +33,7 @@ def ring_slots(
     lengths: Tensor, counts: Tensor | None, steps: int, ring: int, num_meta: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Triton path for :func:`hymba.ops.ring.ring_slots`, same signature."""
-    if _unfit(lengths):
+    if _unfit(lengths) or not steps:
         return reference.ring_slots(lengths, counts, steps, ring, num_meta)
     columns = min(steps, ring)
     slots = lengths.new_empty(len(lengths), columns)

@@ -41,7 +41,7 @@ def selective_scan(
     Computed in float32, or in float64 where `u` is float64. Differentiable in every floating argument.
 
     Args:
-        u: (B, T, E) inputs, T ≥ 1.
+        u: (B, T, E) inputs. B and T may be 0; without steps the final state is the initial one.
         dt: (B, T, E) step sizes before their bias and softplus.
         A_log: (E, N) logarithms of the decay rates.
         B, C: (B, T, N) input and output maps, shared by all channels.
@@ -49,8 +49,8 @@ def selective_scan(
         dt_bias: (E,).
         gate: (B, T, E), or None for no gate.
         initial_state: (B, E, N) state before step 0; zeros when None.
-        lengths: (B,) int64, valid steps per row; all T when None. Later steps have size zero: the state
-            stands still, whatever their document offsets.
+        lengths: (B,) int64 in 0 … T, valid steps per row; all T when None. Later steps have size zero: the state
+            stands still, whatever their document offsets. Their inputs must be finite, as zero times NaN is NaN.
         document_offsets: (B, T) int64, each step's distance from the start of its packed document. A
             document's first step (offset 0) starts from `initial_state`, not from its neighbour's state.
         final_state: (B, E, N) takes the final state in place of a new tensor; it may be `initial_state` itself. Not

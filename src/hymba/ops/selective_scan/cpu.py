@@ -45,6 +45,20 @@ def selective_scan(
     given = (u, dt, A_log, B, C, D, dt_bias, gate, initial_state, lengths, document_offsets)
     if torch.compiler.is_compiling():
         y, final = operator.selective_scan(*given)
+    elif not u.numel():
+        y, final = reference.selective_scan(
+            u,
+            dt,
+            A_log,
+            B,
+            C,
+            D,
+            dt_bias=dt_bias,
+            gate=gate,
+            initial_state=initial_state,
+            lengths=lengths,
+            document_offsets=document_offsets,
+        )
     else:
         x = _Inputs.of(*given)
         single = u.shape[1] == 1 and not torch.is_grad_enabled()

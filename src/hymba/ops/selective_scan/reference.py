@@ -39,7 +39,7 @@ def selective_scan(
         decay = torch.exp(delta[:, t, :, None] * A)  # (B, E, N)
         state = decay * state + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
-    y = torch.stack(outputs, dim=1) + D * u
+    y = (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)) + D * u
     if gate is not None:
         y = y * F.silu(gate.to(wide))
     return y.to(dtype), state if final_state is None else final_state.copy_(state)

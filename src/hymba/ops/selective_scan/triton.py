@@ -72,7 +72,7 @@ def selective_scan(
     unfit = bool(gpu.why_unfit(u)) or any(v is not None and v.dtype not in gpu.DTYPES for v in x[:9])
     if not unfit:
         x.check_shapes()
-    if unfit or x.are_long():
+    if unfit or not u.numel() or x.are_long():
         rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
         return cpu.selective_scan(
             u, dt, A_log, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **rest
