@@ -150,3 +150,14 @@ def test_a_template_that_rewrites_the_past_is_run_anew(puppet: Puppet) -> None:
     puppet.say("Because.")
     next(iter(conversation.ask("Why?")))
     assert puppet.tokenizer.decode(puppet.run[before:]).strip() == "4: Why?"
+
+
+def test_the_meta_tokens_run_once_a_conversation(puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, original = [], puppet.model.run_meta_tokens
+    monkeypatch.setattr(puppet.model, "run_meta_tokens", lambda *given: runs.append(1) or original(*given))
+    conversation = puppet.converse()
+    for _ in range(3):
+        puppet.say("Me.</s>")
+        list(conversation.ask("Who is there?"))
+        conversation._cache = None  # a turn that cannot continue the cache starts another one
+    assert len(runs) == 1

@@ -44,7 +44,9 @@ def generate(
 
     Args:
         tokens: (T,) ids of the prompt, its BOS included; or what follows the tokens that `cache` holds.
-        cache: of one row; it grows as needed, and afterwards holds everything but the last token yielded.
+        cache: of one row; it grows as needed, and afterwards holds everything but the last token yielded. None
+            allocates one, which runs the meta tokens; callers that generate many texts from weights that do not change
+            run them once, and pass ``model.allocate_cache(1, 1, prefix=prefix)``.
         max_prompt_tokens: a limit below `max_position_embeddings`.
         cache_bits: 8 quantises the keys and values of the cache that is made where none is given.
 
