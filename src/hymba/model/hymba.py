@@ -177,7 +177,7 @@ class Hymba(nn.Module):
         """Return the inputs of the first layer (B, T, D), zero at padding whatever stands there."""
         if tokens is not None:
             tokens = tokens if padding is None else tokens.masked_fill(padding, 0)
-            check_tokens(tokens, self.config.vocab_size)
+            check_tokens(tokens, self.embed_tokens.weight.shape[0])  # which may be resized
             embeddings = self.embed_tokens(tokens).to(self.dtype)
         assert embeddings is not None
         return embeddings if padding is None else embeddings.masked_fill(padding[..., None], 0)
