@@ -73,7 +73,8 @@ def _conv() -> None:
 
 def _draw() -> None:
     numbers = torch.zeros(8, dtype=torch.float64)
-    draw_tokens(torch.zeros(8, 32001), numbers, numbers.long(), numbers, numbers, numbers)
+    counts = numbers.long()
+    draw_tokens(torch.zeros(8, 32001), numbers, counts, numbers, numbers, counts, counts)
 
 
 def _gated() -> None:

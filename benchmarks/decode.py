@@ -32,7 +32,7 @@ from benchmarks.command import (
 from benchmarks.machine import ReadBandwidth
 from benchmarks.models import all_weight_bytes, kv_bytes, random_model, random_tokens, state_bytes, weight_bytes
 from benchmarks.timing import forget_peak, milliseconds, peak_rss, seconds, timed_kernels
-from hymba.inference.generate import prefill_chunk
+from hymba.inference.prefill import prefill_chunk
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba
 from hymba.ops import native

@@ -16,7 +16,7 @@ from benchmarks.gpu_timing import Part, device, kernel_times, release
 from benchmarks.models import all_weight_bytes, kv_bytes, random_model, random_tokens, state_bytes, weight_bytes
 from benchmarks.prefill import prompt_flops
 from hymba.inference import SamplingParams, generate
-from hymba.inference.generate import prefill_chunk
+from hymba.inference.prefill import prefill_chunk
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache, Hymba
 from hymba.model.cache import parts_of

@@ -328,7 +328,8 @@ def _draws(s: Sizes) -> Iterator[Case]:
             logits = random(rows, s.config.vocab_size, dtype=torch.float32)
             one = torch.ones(rows, dtype=torch.float64, device=logits.device)
             top_k = torch.full((rows,), 50, device=logits.device)
-            return {"x": (logits, 0.8 * one, top_k, 0.95 * one, 0.02 * one, 0.5 * one)}
+            seeds = torch.arange(rows, device=logits.device)
+            return {"x": (logits, 0.8 * one, top_k, 0.95 * one, 0.02 * one, seeds, seeds)}
 
         size = f"{rows}×{s.config.vocab_size}, top-k 50, top-p 0.95, min-p 0.02"
         moved = 4 * rows * s.config.vocab_size

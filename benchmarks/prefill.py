@@ -31,7 +31,7 @@ from benchmarks.machine import ReadBandwidth, matrix_peak
 from benchmarks.models import all_weight_bytes, random_model, random_tokens
 from benchmarks.timing import forget_peak, peak_rss, seconds, timed_ops
 from hymba.errors import HymbaError
-from hymba.inference.generate import prefill_chunk
+from hymba.inference.prefill import prefill_chunk
 from hymba.model import Hymba, HymbaConfig
 
 LENGTHS = "512,1024,2048,4096,8192,16384"

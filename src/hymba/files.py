@@ -1,9 +1,12 @@
-"""Files: read as text or refused in one line, written whole or not at all."""
+"""Files: read as text or refused in one line, digested, written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,19 +27,59 @@ def read_text(path: str | Path) -> str:
         raise HymbaError(f"cannot read {path}: {error.strerror}") from error
 
 
+def digest_files(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file's content, in hex. Files are streamed, several at a time.
+
+    Raises:
+        HymbaError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HymbaError(f"cannot read {path}: {error.strerror}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` when the block ends well, remove it when it fails.
 
-    Whoever wrote the file, it ends with the permissions of any new file.
+    The content is on the disk before the rename: after a power loss `path` is the old file or the new one, never
+    a part. Whoever wrote the file, it ends with the permissions of any new file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.chmod(new_file_mode())
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_directory(partial: Path, directory: Path) -> None:
+    """Rename the finished directory `partial` to `directory`, which it replaces, with its content on the disk first."""
+    for root, _, names in os.walk(partial):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    sync(directory.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def new_file_mode() -> int:

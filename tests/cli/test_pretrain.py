@@ -64,4 +64,4 @@ def test_unreadable_data_is_one_line(workplace):
     (workplace / "a.txt").write_bytes(b"\xff\xfe\x00binary")
     result = run("pretrain", "micro.yaml", "--data", "a.txt")
     assert result.exit_code == 1
-    assert "a.txt as UTF-8 text" in result.stderr
+    assert "a.txt is not UTF-8 text" in result.stderr

@@ -11,7 +11,7 @@ from micro import micro_model
 from transformers import PreTrainedTokenizerBase
 
 from hymba.errors import HymbaError
-from hymba.inference import Conversation, SamplingParams
+from hymba.inference import Conversation, SamplingParams, generate
 from hymba.inference.step import DecodeStep
 from hymba.model import Hymba
 from hymba.text import STOP_STRINGS, load_tokenizer
@@ -150,6 +150,34 @@ def test_a_template_that_rewrites_the_past_is_run_anew(puppet: Puppet) -> None:
     puppet.say("Because.")
     next(iter(conversation.ask("Why?")))
     assert puppet.tokenizer.decode(puppet.run[before:]).strip() == "4: Why?"
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_penalties_see_the_turns_before(checkpoint: Path, finish: str) -> None:
+    tokenizer = load_tokenizer(checkpoint)
+    model = micro_model(vocab_size=len(tokenizer), eos_token_id=None).requires_grad_(False)
+    params = SamplingParams(12, seed=4, repetition_penalty=2.5, frequency_penalty=0.3)
+    conversation = Conversation(model, tokenizer, params)
+    first = conversation.ask("Who is there?")
+    for _ in first:
+        if finish == "stop" and len(first.tokens) == 5:  # interrupted
+            break
+    second = conversation.ask("Why?")
+    tokens = list(generate(model, conversation._read, params))
+    "".join(second)
+    assert second.tokens == tokens
+
+
+def test_a_cache_that_an_interrupted_step_changed_is_not_used(puppet: Puppet) -> None:
+    conversation = puppet.converse()
+    puppet.say("No one.\n<extra_id_1>")
+    list(conversation.ask("Who is there?"))
+    assert conversation._cache is not None
+    conversation._cache.lengths += 1
+    puppet.run.clear()
+    puppet.say("Because.")
+    next(iter(conversation.ask("Why?")))
+    assert "Be brief." in puppet.heard
 
 
 def test_the_meta_tokens_run_once_a_conversation(puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hymba.errors import HymbaError
 from hymba.inference import Continuation, SamplingParams, encode_prompt, generate, load_model
-from hymba.inference.generate import PREFILL_CHUNK
+from hymba.inference.prefill import PREFILL_CHUNK
 from hymba.model import Hymba, load
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
@@ -52,6 +52,34 @@ def test_a_filled_cache_is_continued(model: Hymba, cut: int) -> None:
         model(torch.tensor([PROMPT[:cut]]), cache=cache)
     assert list(generate(model, PROMPT[cut:], GREEDY, cache)) == recompute(model, PROMPT, 12)
     assert int(cache.lengths) == len(PROMPT) + 12 - 1
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(12, seed=3)])
+def test_penalties_see_what_the_cache_holds(model: Hymba, params: SamplingParams) -> None:
+    params = replace(params, repetition_penalty=3.0, presence_penalty=0.5, frequency_penalty=0.2)
+    whole = list(generate(model, PROMPT, params))
+    for held in (PROMPT[:6], torch.tensor(PROMPT[:6])):
+        cache = model.allocate_cache(rows=1, max_length=6)
+        with torch.no_grad():
+            model(torch.tensor([PROMPT[:6]]), cache=cache)
+        assert list(generate(model, PROMPT[6:], params, cache, held=held)) == whole
+    assert whole != list(generate(model, PROMPT[6:], params))
+
+
+def test_ids_of_a_filled_cache_are_asked_for_and_checked(model: Hymba) -> None:
+    cache, penalized = model.allocate_cache(rows=1, max_length=3), replace(GREEDY, repetition_penalty=1.1)
+    with torch.no_grad():
+        model(torch.tensor([PROMPT[:3]]), cache=cache)
+    with pytest.raises(HymbaError, match="the ids of 3 tokens in the cache are unknown: pass them as `held`"):
+        generate(model, PROMPT[3:], penalized, cache)
+    for params in (GREEDY, penalized):
+        with pytest.raises(HymbaError, match="`held` has 2 ids, but the cache holds 3 tokens"):
+            generate(model, PROMPT[3:], params, cache, held=PROMPT[:2])
+    with pytest.raises(HymbaError, match="`held` has 2 ids, but the cache holds 0 tokens"):
+        generate(model, PROMPT, penalized, held=[1, 2])
+    with pytest.raises(HymbaError, match="`held` contains token -1"):
+        generate(model, PROMPT[3:], penalized, cache, held=[1, 2, -1])
+    list(generate(model, PROMPT[3:], replace(GREEDY, presence_penalty=1.0), cache))  # counts new tokens only
 
 
 def test_a_prompt_of_several_chunks(model: Hymba) -> None:

@@ -1,5 +1,9 @@
-"""The tree of prefixes: the longest snapshot that fits is found, and the oldest go when the bytes are used up."""
+"""The prefix cache against a plain dictionary: lookups, eviction, byte accounting, and the shape of the tree."""
 
+import random
+from collections.abc import Sequence
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +69,103 @@ def test_an_answer_replaces_the_one_before_it() -> None:
     assert (cache.entries, cache.nbytes) == (1, 16)
     cache.clear()
     assert (cache.entries, cache.nbytes, cache.find([1, 2, 3])) == (0, 0, (None, 0))
+
+
+class PlainCache:
+    """What the tree must do, with a dictionary from text to snapshot, the least recently used first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held: dict[tuple[int, ...], Snapshot] = {}
+
+    def add(self, ids: Sequence[int], saved: Snapshot) -> None:
+        if saved.nbytes > self.limit:
+            return
+        self.held.pop(tuple(ids), None)
+        self.held[tuple(ids)] = saved
+        while self.nbytes > self.limit:
+            del self.held[next(iter(self.held))]
+
+    def find(self, ids: Sequence[int]) -> tuple[Snapshot | None, int]:
+        shared = max((common(ids, held) for held in self.held), default=0)
+        fitting = [
+            held
+            for held, saved in self.held.items()
+            if held == tuple(ids[: len(held)]) and (len(held) < len(ids) or saved.logits is not None)
+        ]
+        if not fitting:
+            return None, shared
+        best = max(fitting, key=len)
+        self.held[best] = self.held.pop(best)
+        return self.held[best], shared
+
+    @property
+    def nbytes(self) -> int:
+        return sum(saved.nbytes for saved in self.held.values())
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def check_tree(cache: PrefixCache, held: dict[tuple[int, ...], Snapshot]) -> None:
+    """Every node is on the path of its own tokens, needed, and has the right snapshot."""
+    left, found = [(cache._root, ())], {}
+    while left:
+        node, before = left.pop()
+        path = (*before, *node.tokens.tolist())
+        assert node.end == len(path)
+        assert node is cache._root or (len(node.tokens) and (node.snapshot is not None or len(node.children) > 1))
+        if node.snapshot is not None:
+            found[path] = node.snapshot
+        for first, child in node.children.items():
+            assert (child.parent, int(child.tokens[0])) == (node, first)
+            left.append((child, path))
+    assert found == held
+    assert (cache.entries, cache.nbytes) == (len(held), sum(saved.nbytes for saved in held.values()))
+
+
+@pytest.mark.parametrize("limit", [10**6, 200])
+@pytest.mark.parametrize("seed", range(8))
+def test_agrees_with_a_dictionary(limit: int, seed: int) -> None:
+    draw = random.Random(seed)
+    trunks = [[draw.randrange(3) for _ in range(60)] for _ in range(4)]
+    cache, plain = PrefixCache(limit), PlainCache(limit)
+
+    def text() -> list[int]:
+        begin = draw.choice(trunks)[: draw.randrange(61)]
+        return begin + [draw.randrange(3) for _ in range(draw.randrange(5))]
+
+    for step in range(300):
+        ids, known = text(), list(plain.held)
+        ids = list(draw.choice(known)) if known and draw.random() < 0.2 else ids
+        if draw.random() < 0.5:
+            saved = snapshot(len(ids), 4 * draw.randrange(1, 12), logits=draw.random() < 0.5)
+            cache.add(ids, saved)
+            plain.add(ids, saved)
+        else:
+            found, wanted = cache.find(ids), plain.find(ids)
+            assert found[0] is wanted[0]
+            assert found[1] == wanted[1]
+        assert cache.has(ids) == (tuple(ids) in plain.held)
+        if draw.random() < 0.005:
+            cache.clear()
+            plain.held.clear()
+        if step % 10 == 0:
+            check_tree(cache, plain.held)
+
+
+def test_splitting_an_edge_does_not_move_the_texts_behind_it() -> None:
+    cache, texts = PrefixCache(1000), ([1, 1, 1, 1], [1, 1, 1, 2], [1, 2, 1, 1, 1], [1, 1, 2])
+    kept = [snapshot(len(ids), logits=True) for ids in texts]
+    for ids, saved in zip(texts, kept, strict=True):
+        cache.add(ids, saved)
+    assert [cache.find(ids)[0] for ids in texts] == kept
+    check_tree(cache, {tuple(ids): saved for ids, saved in zip(texts, kept, strict=True)})
+
+
+def test_the_empty_text_is_a_prefix_of_all() -> None:
+    cache, empty = PrefixCache(100), snapshot(0)
+    cache.add([], empty)
+    assert cache.has([])
+    assert cache.find([4, 5]) == (empty, 0)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hymba.errors import HymbaError
 from hymba.inference import Choice, SamplingParams, SamplingState, sample
-from hymba.inference.sampling import uniform
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
 MANY: list[dict[str, Any]] = [
@@ -94,11 +93,14 @@ def test_a_seed_decides_the_draw(seed: int, dtype: torch.dtype) -> None:
     assert first.equal(second)
 
 
-def test_a_texts_draws_are_uniform_and_differ() -> None:
-    draws = torch.tensor([uniform(seed, index) for index in range(100) for seed in range(100)], dtype=torch.float64)
-    counts = torch.histc(draws, 20, 0, 1)
-    assert len(set(draws.tolist())) == 10_000
-    assert float(((counts - 500) ** 2 / 500).sum()) < 43.8  # chi-square, 19 degrees: 0.1%
+def test_a_draw_depends_on_the_index_in_the_text() -> None:
+    logits, (state,) = torch.zeros(1, 1000), states(1)
+    drawn = []
+    for _ in range(20):
+        drawn.append(int(sample(logits, [state])))
+        state.accept(drawn[-1])
+    assert len(set(drawn)) > 15
+    assert drawn[:1] == sample(logits, states(1)).tolist()
 
 
 def test_without_a_seed_draws_differ() -> None:
@@ -143,15 +145,54 @@ def test_the_end_is_put_off_and_bias_is_added() -> None:
         ({"min_p": 1.5}, "min_p must be from 0 to 1"),
         ({"min_new_tokens": 200}, "min_new_tokens must be from 0 to max_new_tokens"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"presence_penalty": float("nan")}, "presence_penalty must be a finite number"),
-        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a finite number"),
-        ({"logit_bias": ((-1, 1.0),)}, "logit_bias must be of token ids and numbers"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty must be above 0 and a float32 number"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be above 0 and a float32 number"),
+        ({"presence_penalty": 1e39}, "presence_penalty must be a finite float32 number"),
+        ({"logit_bias": ((5, 1e39),)}, "logit_bias must be of token ids and float32 numbers"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a finite float32 number"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a finite float32 number"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias must be of token ids and float32 numbers"),
         ({"logprobs": -1}, "logprobs must be 0 or more"),
     ],
 )
 def test_numbers_out_of_range_are_refused(params: dict[str, float], problem: str) -> None:
     with pytest.raises(HymbaError, match=problem):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize("altered", [{}, {"presence_penalty": 1.0}])
+def test_nothing_to_draw_is_an_error_for_that_text_alone(altered: dict[str, float]) -> None:
+    logits = torch.zeros(3, 5)
+    logits[1] = -torch.inf
+    tokens = sample(logits, states(3, top_p=0.9, **altered))
+    assert tokens[1] == -2
+    assert Choice(tokens[::2]).read() == tokens[::2].tolist()
+    with pytest.raises(HymbaError, match="no token may follow"):
+        Choice(tokens).read()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-46},
+        {"temperature": 1e-320},
+        {"temperature": 1e39},
+        {"logit_bias": ((5, 1.7e38), (5, 1.7e38), (5, 1.7e38))},
+        {"repetition_penalty": 2.0**-126},
+        {"repetition_penalty": 2.0**127},
+        {"presence_penalty": -1.7e38, "frequency_penalty": -1.7e38},
+        {"presence_penalty": 1.7e38, "frequency_penalty": 1.7e38},
+        {"stop_ids": (3072, 10**12, -1), "min_new_tokens": 5},
+    ],
+)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_numbers_at_the_edge_of_float32(params: dict[str, Any], top_p: float) -> None:
+    logits = torch.randn(1, 3072, generator=torch.Generator().manual_seed(0))
+    state = SamplingState(SamplingParams(seed=1, top_p=top_p, **params), [1, 2, 3], params.get("stop_ids", ()))
+    for _ in range(4):
+        (token,) = Choice(sample(logits, [state])).read()
+        assert 0 <= token < 3072
+        state.accept(token)
 
 
 def test_nan_logits_are_told() -> None:

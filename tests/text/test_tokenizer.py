@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hymba.errors import HymbaError
-from hymba.text import TextStream, load_tokenizer, render, train_tokenizer
+from hymba.text import TextStream, load_tokenizer, render, train_tokenizer, train_tokenizer_from_iterator
+from hymba.text.tokenizer import LONG_RUN
 
 STORY = """\
 CHAPTER I
@@ -219,3 +223,49 @@ def test_training_refuses_bad_input(story, tmp_path):
         with pytest.raises(HymbaError, match=message):
             train_tokenizer(paths, size, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+MEASURE = """
+import resource, sys
+import transformers
+from hymba.text import train_tokenizer
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+train_tokenizer([sys.argv[1]], 500, sys.argv[2])
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["words", "letters"])
+def test_training_takes_little_memory(tmp_path, kind):
+    """Whole, or in blocks of a million characters, these take 250 MiB and more."""
+    letters = random.Random(0).choices("abcdefghijklmnop", k=4_000_000)
+    text = "It was a cold morning and nobody was there. " * 400_000 if kind == "words" else "".join(letters)
+    (tmp_path / "a.txt").write_text(text)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.txt"), str(tmp_path)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 120
+
+
+def test_blocks_do_not_cut_words(story, tmp_path, monkeypatch):
+    train_tokenizer([story], 400, tmp_path / "whole")
+    monkeypatch.setattr("hymba.text.tokenizer.BLOCK", 50)
+    train_tokenizer([story], 400, tmp_path / "blocks")
+    vocabularies = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("whole", "blocks")]
+    words = [{token for token in v["model"]["vocab"] if token.strip("Ġ").isalpha()} for v in vocabularies]
+    assert len(words[0] ^ words[1]) < 10
+
+
+def test_endless_words_are_not_learned_whole(tmp_path):
+    letters = "".join(random.Random(0).choices("abcdefgh", k=100_000))
+    (tmp_path / "a.txt").write_text(letters + " " + "=-" * 50_000)
+    tokenizer = train_tokenizer([tmp_path / "a.txt"], 300, tmp_path)
+    assert tokenizer.decode(ids_of(tokenizer, letters)) == letters
+    seen = LONG_RUN.sub(r"\1\2", f"{letters} {'=-' * 50_000} end")
+    assert seen == f"{letters[:256]} {'=-' * 128} end"
+
+
+def test_special_tokens_in_the_texts_are_trained_on_as_text(tmp_path):
+    tokenizer = train_tokenizer_from_iterator(["a <s>struck</s> price [PAD] "] * 50, 300, tmp_path)
+    assert not {0, 1, 2} & set(ids_of(tokenizer, "<s>struck</s>[PAD]"))
+    assert len(ids_of(tokenizer, "<s>struck</s>")) < 8

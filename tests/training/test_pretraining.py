@@ -19,11 +19,11 @@ from hymba.hf import HymbaForCausalLM
 from hymba.ops.selective_scan import selective_scan
 from hymba.text import load_tokenizer
 from hymba.training import Recipe, pretrain
+from hymba.training.checkpoint import last_checkpoint
 from hymba.training.data import Corpus
 from hymba.training.journal import Journal, read_log
 from hymba.training.packing import IGNORED, PackedRows
 from hymba.training.pretraining import build_config, build_model
-from hymba.training.trainer import last_checkpoint
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -146,14 +146,14 @@ def test_a_crash_costs_only_the_steps_since_the_last_whole_checkpoint(
     assert not (out / "checkpoint.partial").exists()
 
 
-def test_ctrl_c_while_tokenising_ends_with_130(
+def test_ctrl_c_while_tokenizing_ends_with_130(
     recipe: Recipe, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def read(file: Path) -> Any:
         interrupt()
-        yield "never"
+        yield iter(["never"])
 
-    monkeypatch.setattr("hymba.training.data.read_documents", read)
+    monkeypatch.setattr("hymba.training.data.stream_documents", read)
     with pytest.raises(SystemExit) as stop:
         pretrain(recipe, [books], tmp_path / "out")
     assert stop.value.code == 130
@@ -244,13 +244,6 @@ def test_bf16_and_jsonl(recipe: Recipe, books: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "plain_text.partial").exists()
 
 
-def test_another_recipe_or_other_data_is_refused(recipe: Recipe, books: Path, tmp_path: Path) -> None:
-    pretrain(recipe, [books], tmp_path / "out")
-    (books / "cats.txt").write_text("Changed.")
-    with pytest.raises(HymbaError, match=r"holds a run with another data, peak_lr: choose another --out"):
-        pretrain(replace(recipe, peak_lr=2e-2, save_every=3), [books], tmp_path / "out")
-
-
 def test_a_run_that_never_came_to_a_checkpoint_leaves_no_claim(recipe: Recipe, books: Path, tmp_path: Path) -> None:
     (books / "broken.txt").write_bytes(b"text and \xff")
     with pytest.raises(HymbaError, match=r"broken\.txt"):
@@ -283,12 +276,6 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(
     assert_same_weights(tmp_path / "whole", out)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(recipe: Recipe, books: Path, tmp_path: Path) -> None:
-    recipe = replace(recipe, optimizer="adamw", peak_lr=1e30, grad_clip=0.0, steps=10)
-    with pytest.raises(HymbaError, match=r"the loss is nan at step 10: lower the learning rates"):
-        pretrain(recipe, [books], tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -316,6 +303,6 @@ def test_progress_is_drawn_on_a_terminal(recipe: Recipe, books: Path, tmp_path: 
     with (tmp_path / "screen").open("w") as screen:
         pretrain(recipe, [books], tmp_path / "out", Console(file=screen, force_terminal=True, width=120))
     shown = (tmp_path / "screen").read_text()
-    assert "tokenising" in shown
+    assert "tokenizing" in shown
     assert "step 8 of 8" in shown
     assert "held out" in shown

@@ -21,6 +21,7 @@ from torch import Tensor
 from hymba import files
 from hymba.errors import HymbaError
 from hymba.model import Hymba, HymbaConfig
+from hymba.text import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,8 +93,7 @@ def score_text(
 
     What looks like a special token is text like any other.
     """
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    tokens: list[int] = encoded["input_ids"]
+    tokens = encode_text(tokenizer, text)
     bos = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise HymbaError("the model has no BOS token to begin a window with")

@@ -33,8 +33,9 @@ class EngineOptions:
 
     max_rows: texts that run at once. max_length: tokens of each, prompt and continuation; None: the model's own limit.
     max_waiting: texts that may queue. prefix_cache_bytes: of snapshots; 0: none; None: twice those of the rows.
-    cache_bits: 8 quantises keys and values. speculate: draft what followed the same tokens before, where it pays.
-    prefill_tokens: of a prompt at once; None: as many as `generate` takes.
+    cache_bits: 8 quantizes keys and values. speculate: draft what followed the same tokens before, where it pays; None:
+    if that cannot change a text, that is, with batch-invariant arithmetic. prefill_tokens: the most tokens of a prompt
+    to run at once, where prompts may be cut anywhere; None: as many as `generate` runs.
     """
 
     max_rows: int = 8
@@ -42,7 +43,7 @@ class EngineOptions:
     max_waiting: int = 256
     prefix_cache_bytes: int | None = None
     cache_bits: int | None = None
-    speculate: bool = True
+    speculate: bool | None = None
     prefill_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class Conversation:
         self._prompt = ""  # all that was rendered before the last answer
         self._answer: Continuation | None = None
         self._cache: Cache | None = None
+        self._read: list[int] = []  # ids that were run before the last answer
         self._prefix: Prefix | None = None  # the meta tokens' state, for every cache
 
     def ask(self, text: str) -> Continuation:
@@ -55,15 +56,19 @@ class Conversation:
         messages = [*self._settled(), {"role": "user", "content": text}]
         prompt = render(messages, self.tokenizer)
         tokens = self._tokens_behind(prompt)
-        if tokens is None:
-            cache, tokens = None, self._encode(prompt)
-        else:
-            cache = self._cache
-        if cache is None:
+        if tokens is None or self._cache is None:
+            tokens, held = self._encode(prompt), []
             cache = self._new_cache(len(tokens) + self.params.max_new_tokens)
-        answer = Continuation(self.model, self.tokenizer, tokens, self.params, cache)
+        else:
+            cache, held = self._cache, self._held()
+        answer = Continuation(self.model, self.tokenizer, tokens, self.params, cache, held=held)
         self.messages, self._prompt, self._answer, self._cache = messages, prompt, answer, cache
+        self._read = held + tokens
         return answer
+
+    def _held(self) -> list[int]:
+        """Return the ids that the cache holds: all but the last token of the answer was run."""
+        return self._read + (self._answer.tokens[:-1] if self._answer else [])
 
     @torch.no_grad()
     def _new_cache(self, max_length: int) -> Cache:
@@ -81,6 +86,8 @@ class Conversation:
         """Return what must follow the tokens in the cache to make them `prompt`; None if nothing can."""
         answer = self._answer
         if answer is None or not answer.tokens or not prompt.startswith(self._prompt):
+            return None
+        if self._cache is None or int(self._cache.lengths) != len(self._held()):  # a step was interrupted
             return None
         behind, words = prompt[len(self._prompt) :], answer.text.strip()
         if words not in behind:

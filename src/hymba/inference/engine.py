@@ -1,8 +1,10 @@
 """Many texts at once: continuous batching over the rows of one cache.
 
 A step reads a piece of a prompt, then adds a token to every text that runs. What each text becomes is what
-:func:`hymba.inference.generate` makes of it alone: a row sees nothing of the others, a seed's draws do not depend on
-them, and drafts (:mod:`hymba.inference.speculation`) are kept only where they are what would have been chosen.
+:func:`hymba.inference.generate` makes of it alone, a function of weights, prompt, parameters and seed: a row sees
+nothing of the others, a seed's draws do not depend on them, and what is computed for a token is the same bit for bit in
+any batch and any piece of a prompt. Where the arithmetic is not batch-invariant, prompts are cut at fixed places
+(:func:`hymba.inference.generate.prefill_block`), only what prompts left there is used again, and nothing is drafted.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from hymba.errors import HymbaError
 from hymba.inference.bounds import EngineDeadError, EngineOptions, EngineStats, PromptTooLongError, QueueFullError
-from hymba.inference.generate import end_ids, prefill_chunk
+from hymba.inference.generate import end_ids
+from hymba.inference.prefill import PREFILL_CHUNK, prefill_block
 from hymba.inference.prefix_cache import PrefixCache
 from hymba.inference.runner import DRAFTED, Runner
 from hymba.inference.sampling import Choice, sample
@@ -58,7 +61,9 @@ class Engine:
         self._scheduler = Scheduler(self._runner)
         self._cache_bytes, kept = self._runner.cache.nbytes(), options.prefix_cache_bytes
         self._prefixes = PrefixCache(2 * self._cache_bytes if kept is None else kept)
-        self._pace = Pace(options.prefill_tokens or prefill_chunk(model))
+        self._pace = Pace(options.prefill_tokens or PREFILL_CHUNK)
+        self._block = prefill_block(model)
+        self._speculates = self._block == 1 if options.speculate is None else options.speculate
         self._drafters: dict[Sequence, Drafter] = {}
         self._marks: dict[Sequence, int] = {}  # where a prompt leaves those before it
         self._counts, self._finished = EngineStats(), Counter[str]()
@@ -203,7 +208,7 @@ class Engine:
         """Start a prompt from the longest text before it that it begins with."""
         if not self._prefixes.limit or sequence.params.prompt_logprobs is not None:
             return
-        snapshot, shared = self._prefixes.find(sequence.prompt)
+        snapshot, shared = self._prefixes.find(sequence.prompt, self._block)
         if snapshot is not None:
             assert sequence.row is not None
             self._runner.restore(sequence.row, snapshot)
@@ -211,11 +216,18 @@ class Engine:
             self._counts.cached_tokens += snapshot.tokens
             if snapshot.tokens == len(sequence.prompt):
                 sequence.logits = None if snapshot.logits is None else snapshot.logits[None]
-        if shared - sequence.computed >= _WORTH_KEEPING:
-            self._marks[sequence] = shared
+        mark = self._last_cut(shared)
+        if mark - sequence.computed >= _WORTH_KEEPING:
+            self._marks[sequence] = mark
+
+    def _last_cut(self, length: int) -> int:
+        """Return the last place up to `length` where a text may be cut."""
+        return length // self._block * self._block
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         """Return where the next piece of a prompt ends: no later than where a snapshot is to be taken."""
+        if self._block > 1:
+            return min(self._last_cut(sequence.computed) + self._block, len(sequence.prompt))
         ends = [sequence.computed + budget, len(sequence.prompt)]
         if self._prefixes.limit:
             ends.append((sequence.computed // _SNAPSHOT_EVERY + 1) * _SNAPSHOT_EVERY)
@@ -238,7 +250,8 @@ class Engine:
         self._counts.prompt_tokens += len(piece)
         sequence.computed = end
         ended = end == len(sequence.prompt)
-        if ended or end % _SNAPSHOT_EVERY == 0 or end == self._marks.get(sequence):
+        is_last_cut = self._block > 1 and end == self._last_cut(len(sequence.prompt))
+        if ended or is_last_cut or end % _SNAPSHOT_EVERY == 0 or end == self._marks.get(sequence):
             self._keep(sequence, logits[0] if ended else None)
         return logits
 
@@ -251,9 +264,10 @@ class Engine:
         self._settle([sequence])
 
     def _keep(self, sequence: Sequence, logits: Tensor | None = None) -> None:
-        """Take a snapshot of what a sequence's row holds, unless there is one."""
+        """Take a snapshot of what a sequence's row holds, unless there is one that serves as well."""
         ids = sequence.ids[: sequence.computed]
-        if self._prefixes.limit and len(ids) >= _WORTH_KEEPING and not self._prefixes.has(ids):
+        is_worth_it = self._prefixes.limit and len(ids) >= _WORTH_KEEPING
+        if is_worth_it and not self._prefixes.has(ids, with_logits=logits is not None):
             assert sequence.row is not None
             kept = None if logits is None else logits.clone()
             self._prefixes.add(ids, self._runner.save(sequence.row, len(ids), kept))
@@ -277,7 +291,7 @@ class Engine:
         self._settle(running)
 
     def _draft(self, running: list[Sequence]) -> list[list[int]]:
-        if not self.options.speculate or len(running) > _ROWS_WITH_DRAFTS:
+        if not self._speculates or len(running) > _ROWS_WITH_DRAFTS:
             return [[] for _ in running]
         drafts = []
         for sequence in running:
@@ -334,7 +348,7 @@ class Engine:
         """Report what is new, and let go of what has ended."""
         for sequence in sequences:
             if sequence.finish and sequence.row is not None:
-                if sequence.finish != "error":
+                if sequence.finish != "error" and self._block == 1:  # else decode leaves what prefill would not
                     self._keep(sequence)
                 self._release(sequence)
             sequence.report()

@@ -9,23 +9,14 @@ import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
+from hymba.inference.prefill import prefill_cuts
 from hymba.inference.sampling import Choice, SamplingParams, SamplingState, sample
 from hymba.inference.step import DecodeStep
-from hymba.model import Cache, Hymba, scheme_of
+from hymba.model import Cache, Hymba
 from hymba.text import StopCutter, TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PREFILL_CHUNK = 512  # tokens of the prompt run at once: bounds the memory that a long prompt takes
-GPU_PREFILL_CHUNK = 8192  # on a GPU, which fewer would not fill
-
-
-def prefill_chunk(model: Hymba) -> int:
-    """Return how many tokens of a prompt are run at once: twice as many where each chunk widens quantised weights."""
-    if model.device.type == "cuda":
-        return GPU_PREFILL_CHUNK
-    return PREFILL_CHUNK if scheme_of(model) is None else 2 * PREFILL_CHUNK
 
 
 def generate(
@@ -35,6 +26,7 @@ def generate(
     cache: Cache | None = None,
     max_prompt_tokens: int | None = None,
     cache_bits: int | None = None,
+    held: Sequence[int] | Tensor | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, each as soon as it is chosen; one that stops the text is the last to be yielded.
 
@@ -49,28 +41,54 @@ def generate(
             run them once, and pass ``model.allocate_cache(1, 1, prefix=prefix)``.
         max_prompt_tokens: a limit below `max_position_embeddings`.
         cache_bits: 8 quantises the keys and values of the cache that is made where none is given.
+        held: (S,) ids of the tokens in `cache`, from which it cannot be read. `params.repetition_penalty` applies to
+            them as to the rest of the prompt; without that penalty they may be left out.
 
     Raises:
-        HymbaError: at the call, not later: the prompt is empty or too long, or `cache` has several rows.
+        HymbaError: at the call, not later: the prompt is empty or too long, `cache` has several rows, or `held` is
+            missing or does not fit `cache`.
     """
     ids = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
-    held = 0 if cache is None else int(cache.lengths.max())
+    past = 0 if cache is None else int(cache.lengths.max())
     room = model.config.max_position_embeddings
     limit = room if max_prompt_tokens is None else min(room, max_prompt_tokens)
     if ids.dim() != 1 or len(ids) == 0:
         raise HymbaError("the prompt is empty: give at least one token, in one row")
-    if held + len(ids) > limit:
-        raise HymbaError(f"the prompt has {held + len(ids)} tokens and the limit is {limit}: shorten it")
+    if past + len(ids) > limit:
+        raise HymbaError(f"the prompt has {past + len(ids)} tokens and the limit is {limit}: shorten it")
     if cache is not None and cache.rows != 1:
         raise HymbaError(f"generate() continues one sequence, but the cache holds {cache.rows}")
+    read = _held_ids(model, params, past, held)
     # The last token is yielded but never run, so it needs no position.
-    count = min(params.max_new_tokens, room - held - len(ids) + 1)
-    length = held + len(ids) + count - 1
+    count = min(params.max_new_tokens, room - past - len(ids) + 1)
+    length = past + len(ids) + count - 1
     ahead = cache is None and model.device.type == "cuda"
     if cache is None:
         cache = model.allocate_cache(rows=1, max_length=length, bits=cache_bits)
     cache.grow(length)
-    return _run(model, ids, params, cache, count, ahead)
+    return _run(model, ids, params, cache, count, ahead, read)
+
+
+def _held_ids(model: Hymba, params: SamplingParams, past: int, held: Sequence[int] | Tensor | None) -> list[int]:
+    """Return the ids of the `past` tokens in a cache, or none if nothing depends on them.
+
+    Raises:
+        HymbaError: they are needed and missing, or they do not fit the cache or the vocabulary.
+    """
+    if held is None:
+        if past and params.repetition_penalty != 1:
+            raise HymbaError(
+                f"repetition_penalty applies to the whole prompt, but the ids of {past} tokens in the cache are"
+                " unknown: pass them as `held`"
+            )
+        return []
+    ids = torch.as_tensor(held, dtype=torch.int64).flatten().tolist()
+    if len(ids) != past:
+        raise HymbaError(f"`held` has {len(ids)} ids, but the cache holds {past} tokens: pass the ids of all of them")
+    vocabulary = model.config.vocab_size
+    if wrong := [token for token in ids if not 0 <= token < vocabulary]:
+        raise HymbaError(f"`held` contains token {wrong[0]}, but the model has tokens 0 to {vocabulary - 1}")
+    return ids
 
 
 def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
@@ -81,13 +99,22 @@ def end_ids(model: Hymba, params: SamplingParams) -> set[int]:
 
 @torch.no_grad()
 def _run(
-    model: Hymba, ids: Tensor, params: SamplingParams, cache: Cache, count: int, ahead: bool = False
+    model: Hymba,
+    ids: Tensor,
+    params: SamplingParams,
+    cache: Cache,
+    count: int,
+    ahead: bool = False,
+    held: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Yield up to `count` tokens. `ahead`: run each before it is read, so that a GPU need not wait for Python; the
-    cache then holds the last token too."""
+    """Yield up to `count` tokens.
+
+    held: what the cache holds, as far as it is known. ahead: run each token before it is read, so that a GPU need not
+    wait for Python; the cache then holds the last token too.
+    """
     stops = end_ids(model, params)
-    state = SamplingState(params, ids.tolist(), stops)
-    for chunk in ids.split(prefill_chunk(model)):
+    state = SamplingState(params, [*held, *ids.tolist()], stops)
+    for chunk in ids.split(prefill_cuts(model, int(cache.lengths.max()), len(ids))):
         hidden = model(chunk[None], cache=cache).hidden
     logits, run_step = model.logits(hidden[:, -1]), DecodeStep(model, cache)
     for step in range(count):
@@ -134,6 +161,7 @@ class Continuation:
         cache: Cache | None = None,
         max_prompt_tokens: int | None = None,
         cache_bits: int | None = None,
+        held: Sequence[int] | None = None,
     ) -> None:
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -141,7 +169,7 @@ class Continuation:
         self.finish: str | None = None
         self._stops = end_ids(model, params)
         self._stream, self._cutter = TextStream(tokenizer), StopCutter(params.stop)
-        self._ids = generate(model, prompt, params, cache, max_prompt_tokens, cache_bits)
+        self._ids = generate(model, prompt, params, cache, max_prompt_tokens, cache_bits, held)
 
     def __iter__(self) -> Iterator[str]:
         for token in self._ids:

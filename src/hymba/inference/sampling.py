@@ -1,7 +1,9 @@
 """Choosing the next token.
 
-A text's randomness is a number for each of its tokens, counted from its seed (:func:`uniform`), and what may be drawn
-is decided by a row's logits alone: so a seed gives one text, on any device, in any batch, however its steps are cut.
+A token is drawn with noise that depends on the text's seed, the token's index in the continuation and the token's id
+(:func:`hymba.ops.draw.draw_tokens`), and which tokens may be drawn is decided by the row's logits alone. So a draw
+depends on nothing but the logits and the seed, and logits that differ by rounding, as between devices or batch sizes,
+seldom change it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.ops.draw import draw_tokens
 
-_64_BITS = (1 << 64) - 1
-_NOT_A_NUMBER, _NOTHING = -1, -2  # in place of a token
+_NOT_A_NUMBER, _NOTHING = -1, -2  # in place of a token, by draw_tokens
+_LEAST, _MOST = 2.0**-126, 2.0**127  # of the numbers that are applied to float32 logits
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ class SamplingParams:
             yield f"top_p must lie above 0 and be at most 1, not {self.top_p}"
         if not 0 <= self.min_p <= 1:
             yield f"min_p must be from 0 to 1, not {self.min_p}"
-        if not 0 < self.repetition_penalty < math.inf:
-            yield f"repetition_penalty must be above 0, not {self.repetition_penalty}"
+        if not _LEAST <= self.repetition_penalty <= _MOST:
+            yield f"repetition_penalty must be above 0 and a float32 number, not {self.repetition_penalty}"
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                yield f"{name} must be a finite number, not {getattr(self, name)}"
+            if not abs(getattr(self, name)) <= _MOST:
+                yield f"{name} must be a finite float32 number, not {getattr(self, name)}"
         for token, bias in self.logit_bias:
-            if token < 0 or math.isnan(bias) or bias == math.inf:
-                yield f"logit_bias must be of token ids and numbers, not {token}: {bias}"
+            if token < 0 or not (abs(bias) <= _MOST or bias == -math.inf):
+                yield f"logit_bias must be of token ids and float32 numbers, or -inf to ban one, not {token}: {bias}"
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(self, name) or 0) < 0:
                 yield f"{name} must be 0 or more, not {getattr(self, name)}"
@@ -97,29 +99,20 @@ class Matcher(Protocol):
         """Take a token in."""
 
 
-def uniform(seed: int, index: int) -> float:
-    """Return the number in [0, 1), a multiple of 2^-48, that decides a text's token `index`: SplitMix64 (Steele, Lea
-    and Flood, 2014) as a function of a counter."""
-    x = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _64_BITS
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _64_BITS
-    return ((x ^ (x >> 31)) >> 16) / (1 << 48)
-
-
 class SamplingState:
-    """What the choice of one text's next token depends on beside the logits.
+    """What the choice of a text's next token depends on besides the logits.
 
     Args:
         params: of the text.
-        prompt: the ids it continues.
-        end_ids: tokens that end it, which `min_new_tokens` puts off.
+        prompt: all ids before the continuation, those in a filled cache included.
+        end_ids: tokens that end the text; `min_new_tokens` bans them at first.
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], end_ids: Iterable[int] = ()) -> None:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.count = 0  # tokens chosen so far
-        self._end_ids = sorted(set(end_ids))
+        self._end_ids = sorted(token for token in set(end_ids) if token >= 0)
         self._prompt = prompt if params.repetition_penalty != 1 else ()
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._penalises = penalties != (1, 0, 0)
@@ -145,11 +138,12 @@ class SamplingState:
         if self._matcher is not None:
             allowed = self._matcher.mask(len(logits)).to(logits.device, non_blocking=True)
             logits.masked_fill_(~allowed, -math.inf)
-        if self.count < p.min_new_tokens and self._end_ids:
-            held = logits[self._end_ids]
-            logits[self._end_ids] = -math.inf
-            if bool(logits.amax() == -math.inf):  # a grammar that lets nothing but the end follow
-                logits[self._end_ids] = held
+        ends = [token for token in self._end_ids if token < len(logits)]
+        if self.count < p.min_new_tokens and ends:
+            held = logits[ends]
+            logits[ends] = -math.inf
+            if bool(logits.amax() == -math.inf):  # the grammar allows nothing but the end
+                logits[ends] = held
 
     def accept(self, token: int) -> None:
         """Take the token that was chosen into account."""
@@ -175,38 +169,34 @@ class SamplingState:
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Choose one token a row by :func:`hymba.ops.draw.draw_tokens`, after penalties, bias and constraints.
 
-    The states are told nothing of it. A row's choice does not depend on the other rows.
+    The states are not changed. A row's choice does not depend on the other rows.
 
     Args:
         logits: (B, vocab), any floating dtype.
         states: of the B texts.
 
     Returns:
-        (B,) int64 on the device of `logits`, which is not waited for: :class:`Choice` reads them. −1 where a logit is
-        not a number, −2 where nothing may follow.
+        (B,) int64 on the device of `logits`, without waiting for a GPU: :class:`Choice` reads them. −1 where a logit is
+        NaN, −2 where no token is allowed.
 
     Raises:
-        HymbaError: a bias names a token that is not there.
+        HymbaError: a bias names a token that the vocabulary does not have.
     """
-    altered = any(state.alters for state in states)
-    if altered:
+    if any(state.alters for state in states):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for row, state in zip(logits, states, strict=True):
             if state.alters:
                 state.alter(row)
-    vocabulary = logits.shape[-1]
-    numbers = torch.tensor([_numbers(state, vocabulary) for state in states], dtype=torch.float64)
-    # Not waiting is safe: what is copied from pageable memory has left it when the call returns.
-    temperature, top_k, top_p, min_p, drawn = numbers.T.contiguous().to(logits.device, non_blocking=True)
-    chosen = draw_tokens(logits, temperature, top_k.to(torch.int64), top_p, min_p, drawn)
-    return torch.where(logits.amax(dim=-1) == -math.inf, _NOTHING, chosen) if altered else chosen
-
-
-def _numbers(state: SamplingState, vocabulary: int) -> tuple[float, ...]:
-    """Return what :func:`draw_tokens` is to know of a text: temperature, top_k, top_p, min_p, and what it draws."""
-    p = state.params
-    top_k = min(p.top_k or vocabulary, vocabulary)
-    return p.temperature, top_k, p.top_p, p.min_p, uniform(state.seed, state.count)
+    params, vocabulary = [state.params for state in states], logits.shape[-1]
+    numbers = torch.tensor(
+        [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], dtype=torch.float64
+    )
+    ranks = [min(p.top_k or vocabulary, vocabulary) for p in params]
+    counts = torch.tensor([ranks, [state.seed for state in states], [state.count for state in states]])
+    # Not waiting is safe: pageable memory has been read when the call returns.
+    temperature, top_p, min_p = numbers.to(logits.device, non_blocking=True)
+    top_k, seeds, indices = counts.to(logits.device, non_blocking=True)
+    return draw_tokens(logits, temperature, top_k, top_p, min_p, seeds, indices)
 
 
 class Choice:

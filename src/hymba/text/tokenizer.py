@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tokenizers import (
 from hymba.errors import HymbaError
 from hymba.files import replacing
 from hymba.text.chat import RELEASED_TEMPLATE
+from hymba.text.pieces import end_at_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,10 @@ SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
 
 # SentencePiece writes a space as this sign (U+2581).
 SPACE = "\u2581"
+
+BLOCK = 1 << 16  # characters read from a file at once
+# Letters or signs in a row that are no word of any language, and what of them a tokenizer is trained on.
+LONG_RUN = re.compile(r"([^\W\d_]{256})[^\W\d_]+|([^\w\s]{256})[^\w\s]+")
 
 # A word takes along the one sign before it (a space, a newline, a quotation mark), punctuation the newlines
 # after it. On hard-wrapped novels a token then holds 5 % more bytes than with the pattern of GPT-2.
@@ -67,11 +73,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, directory: str | Path) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on UTF-8 text files and save it in `directory`.
-
-    Every text survives encoding and decoding unchanged, since all 256 bytes are tokens. Ids: `[PAD]` 0,
-    `<s>` 1, `</s>` 2. Encoding puts `<s>` first; the chat template is the released one. Writes
-    `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads too.
+    """Train a byte-level BPE on UTF-8 text files, as :func:`train_tokenizer_from_iterator` does on texts.
 
     Args:
         vocab_size: the most tokens there may be, at least 259. Little text gives fewer: ask `len(tokenizer)`.
@@ -79,11 +81,32 @@ def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, directory: str
     Raises:
         HymbaError: no files, a file that is not readable UTF-8 text, or too small a vocabulary.
     """
+    if not paths:
+        raise HymbaError("no text files to train the tokenizer on: name at least one")
+    texts = (text for path in paths for text in end_at_spaces(_read_blocks(path)))
+    return train_tokenizer_from_iterator(texts, vocab_size, directory)
+
+
+def train_tokenizer_from_iterator(
+    texts: Iterable[str], vocab_size: int, directory: str | Path
+) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE on texts and save it in `directory`.
+
+    Every text survives encoding and decoding unchanged, since all 256 bytes are tokens. Ids: `[PAD]` 0,
+    `<s>` 1, `</s>` 2. Encoding puts `<s>` first; the chat template is the released one. Writes
+    `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads too. Special tokens spelled in the
+    texts are text like any other. Of more than 256 letters or signs in a row, the rest is left out.
+
+    Args:
+        texts: of moderate length each; 256 at a time are held in memory, beside the distinct words and their counts.
+        vocab_size: the most tokens there may be, at least 259. Little text gives fewer: ask `len(tokenizer)`.
+
+    Raises:
+        HymbaError: too small a vocabulary, or what `texts` raises.
+    """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise HymbaError(f"vocab_size is {vocab_size}: the bytes and special tokens alone need {smallest}")
-    if not paths:
-        raise HymbaError("no text files to train the tokenizer on: name at least one")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -98,20 +121,20 @@ def train_tokenizer(paths: Sequence[str | Path], vocab_size: int, directory: str
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_read_blocks(paths), trainer)
+    # The trainer keeps every distinct word, some 60 bytes for each of its letters.
+    tokenizer.train_from_iterator((LONG_RUN.sub(r"\1\2", text) for text in texts), trainer)
     tokenizer.post_processor = _bos_first(tokenizer)
     _save(tokenizer, Path(directory))
     return load_tokenizer(directory)
 
 
-def _read_blocks(paths: Sequence[str | Path]) -> Iterator[str]:
-    """The files' text in blocks of a million characters, newlines as they are."""
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                yield from iter(lambda file=file: file.read(1_000_000), "")  # type: ignore[misc]
-        except (OSError, UnicodeDecodeError) as error:
-            raise HymbaError(f"cannot read {path} as UTF-8 text: {error}") from error
+def _read_blocks(path: str | Path) -> Iterator[str]:
+    """A file's text in blocks, newlines as they are."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from iter(lambda: file.read(BLOCK), "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HymbaError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
 def _bos_first(tokenizer: Tokenizer) -> processors.TemplateProcessing:

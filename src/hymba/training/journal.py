@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hymba.errors import HymbaError
+from hymba.files import replacing
 
 LOG = "log.jsonl"
 
@@ -93,8 +92,6 @@ class Journal(TrainerCallback, ExportableState):
         """Add a line to the log."""
         logs = logs or {}
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise HymbaError(f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rates")
             rate = logs["loss"] / math.log(2) * self.tokens_per_byte
             self._write(
                 state.global_step,
@@ -139,17 +136,19 @@ class Journal(TrainerCallback, ExportableState):
     def _forget_after(self, step: int) -> None:
         """Drop the lines after the checkpoint that training resumes from: those steps will be run again."""
         kept = [line for line in read_log(self.log) if line["step"] <= step]
-        partial = self.log.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.log)
+        with replacing(self.log) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """Return the lines of a log; a last one cut short by a crash is left out."""
-    lines = []
-    for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+    """Return the lines of a log up to the first that a crash has damaged or cut short."""
+    lines: list[dict[str, float]] = []
+    for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not {"step", "tokens"} <= line.keys():
+            break
+        lines.append(line)
     return lines

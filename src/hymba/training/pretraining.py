@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hymba.errors import HymbaError
-from hymba.files import new_file_mode, replacing
+from hymba.files import new_file_mode, replace_directory
 from hymba.model import HymbaConfig
-from hymba.text import load_tokenizer, train_tokenizer
-from hymba.training.data import Corpus, find_files, read_documents, split_held_out, tokenise
+from hymba.text import end_at_spaces, load_tokenizer, train_tokenizer_from_iterator
+from hymba.training.data import Corpus, find_files, split_held_out, stream_documents, tokenise
 from hymba.training.recipe import Recipe, fit, suggest
+from hymba.training.run import MODEL, REPORT, RUN, DataFiles, claim, read_json, refuse_other_tokenizer, write_json
 from hymba.training.schedule import WarmupStableDecay
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from hymba.training.trainer import PretrainingTrainer
 
 INTERRUPTED = 130  # what a shell reports of a command ended by Ctrl-C
-# These change nothing in what is learnt, so a run may go on with other values.
-FREE_TO_CHANGE = ("max_minutes", "save_every", "eval_every", "eval_rows", "micro_rows", "save_dtype")
 
 
 def pretrain(
@@ -36,27 +34,29 @@ def pretrain(
     """Train a new model by `recipe` on the text files and directories in `data`, and return the report.
 
     `out` receives model/ (released layout, with the tokenizer), report.json, log.jsonl, curve.png, the last
-    two checkpoints, and the tokenizer and tokens of the run. The same call again goes on from the last
+    two checkpoints, and the tokenizer and tokens of the run. The same call again resumes from the last whole
     checkpoint, step for step as if it had never stopped; once finished, it returns the report. Progress goes
     to `console`, by default on stderr.
 
     Raises:
-        HymbaError: bad recipe or data; `out` cannot be written or holds another run.
+        HymbaError: bad recipe or data; `out` cannot be written, or was started with a different recipe, different
+            data or a different tokenizer; none of its checkpoints is whole; training diverged.
         SystemExit: with 130, after Ctrl-C or SIGTERM: a checkpoint is saved, and a line says how to go on.
     """
     from rich.console import Console
 
     out, console = Path(out), console or Console(stderr=True, highlight=False, soft_wrap=True)
-    train, held_out = split_held_out(find_files([Path(path) for path in data]), recipe.held_out)
+    paths = split_held_out(find_files([Path(path) for path in data]), recipe.held_out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _claim(out, recipe, [*train, *held_out])
-        if (out / "report.json").is_file():
-            console.print(f"this run is finished: its model is in {out / 'model'}")
-            return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
-        tokenizer = _tokenizer(recipe, train, out, console)
+        train, held_out = claim(out, recipe, *map(DataFiles.of, paths))
+        tokenizer = _tokenizer(recipe, train.paths, out, console)
+        refuse_other_tokenizer(out, tokenizer)
+        if (report := read_json(out / REPORT)) is not None:
+            console.print(f"this run is finished: its model is in {out / MODEL}")
+            return report
         corpus = _tokens(train, "train", tokenizer, out, console)
-        measured = _tokens(held_out, "held_out", tokenizer, out, console) if held_out else None
+        measured = _tokens(held_out, "held_out", tokenizer, out, console) if held_out.paths else None
         with _one_bar():
             return _train(recipe, tokenizer, corpus, measured, out, console)
     except KeyboardInterrupt:
@@ -81,56 +81,28 @@ def _one_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _claim(out: Path, recipe: Recipe, files: Sequence[Path]) -> None:
-    """Write down which run `out` belongs to, or make sure that it is this one."""
-    data = [f"{file.name}, {file.stat().st_size} bytes" for file in files]
-    now = json.loads(json.dumps(recipe.to_mapping() | {"data": data}))
-    path = out / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
-    differing = {key for key in now | before if now.get(key) != before.get(key)} - set(FREE_TO_CHANGE)
-    if differing and any(out.glob("checkpoint-*")):
-        another = ", ".join(sorted(differing))
-        raise HymbaError(f"{out} holds a run with another {another}: choose another --out or delete it")
-    if differing:  # that run never came to a checkpoint: nothing of it is needed
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
 def _tokenizer(recipe: Recipe, files: Sequence[Path], out: Path, console: Console) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, or train one on the training files."""
     home = Path(recipe.tokenizer) if isinstance(recipe.tokenizer, str) else out / "tokenizer"
     if isinstance(recipe.tokenizer, int) and not (home / "tokenizer_config.json").is_file():
-        plain = out / "plain_text.partial"
+        documents = (document for file in files for document in stream_documents(file))
+        texts = (text for document in documents for text in end_at_spaces(document))
         with console.status(f"training a tokenizer of {recipe.tokenizer} tokens"):
-            train_tokenizer([_plain_text(file, plain) for file in files], recipe.tokenizer, home)
-        shutil.rmtree(plain, ignore_errors=True)
+            train_tokenizer_from_iterator(texts, recipe.tokenizer, home)
     tokenizer = load_tokenizer(home)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise HymbaError(f"the tokenizer in {home} lacks BOS or EOS, with which documents begin and end")
     return tokenizer
 
 
-def _plain_text(file: Path, directory: Path) -> Path:
-    """Return a file with the text alone: `file` itself, or what the lines of a .jsonl hold."""
-    if file.suffix != ".jsonl":
-        return file
-    directory.mkdir(parents=True, exist_ok=True)
-    plain = directory / f"{len(list(directory.iterdir()))}.txt"
-    with plain.open("w", encoding="utf-8", newline="") as out:
-        out.writelines(text + "\n" for text in read_documents(file))
-    return plain
-
-
-def _tokens(
-    files: Sequence[Path], name: str, tokenizer: PreTrainedTokenizerBase, out: Path, console: Console
-) -> Corpus:
-    """Tokenise `files` into out/tokens/`name`, under a progress bar."""
+def _tokens(files: DataFiles, name: str, tokenizer: PreTrainedTokenizerBase, out: Path, console: Console) -> Corpus:
+    """Tokenize `files` into out/tokens/`name`, under a progress bar."""
     from hymba.training.journal import progress_bar
 
     with progress_bar(console, transient=True) as bar:
-        task = bar.add_task("tokenising", total=sum(file.stat().st_size for file in files), note=name)
-        return tokenise(files, tokenizer, out / "tokens" / name, lambda size: bar.advance(task, size))
+        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files.paths), note=name)
+        directory = out / "tokens" / name
+        return tokenise(files.paths, tokenizer, directory, lambda size: bar.advance(task, size), files.digests)
 
 
 def _train(
@@ -142,14 +114,16 @@ def _train(
     console: Console,
 ) -> dict[str, Any]:
     """Train to the end or to an interruption; write the model and the report."""
+    from hymba.training.checkpoint import find_whole_checkpoint, planned_steps
+    from hymba.training.divergence import DivergenceError, explain
     from hymba.training.journal import Journal
     from hymba.training.packing import PackedRows
-    from hymba.training.trainer import PretrainingTrainer, last_checkpoint, planned_steps
+    from hymba.training.trainer import PretrainingTrainer
 
     special = {"bos": tokenizer.bos_token_id, "pad": tokenizer.eos_token_id}
     rows = PackedRows(corpus, recipe.seq_length, **special, seed=recipe.seed)
     held_out = None if measured is None else PackedRows(measured, recipe.seq_length, **special)
-    checkpoint = last_checkpoint(out)
+    checkpoint = find_whole_checkpoint(out, console.print)
     steps = count_steps(recipe, rows) if checkpoint is None else planned_steps(checkpoint)
     rows.length = steps * recipe.batch_rows
     schedule = WarmupStableDecay.of(
@@ -164,18 +138,31 @@ def _train(
     model = build_model(recipe, tokenizer)
     trainer = PretrainingTrainer(model, tokenizer, recipe, rows, held_out, schedule, journal, out)
     if checkpoint is not None:
-        console.print(f"going on from {checkpoint}")
-    with trainer.stop.listening(), journal.bar:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < schedule.steps:
-        console.print(f"saved at step {trainer.state.global_step}: run the same command again to go on")
-        raise SystemExit(INTERRUPTED)
-    report = _report(trainer, out, corpus, held_out)
+        _refuse_other_model(checkpoint, build_config(recipe, tokenizer))
+        console.print(f"resuming from {checkpoint}")
+    try:
+        with trainer.stop.listening(), journal.bar:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.state.global_step < schedule.steps:
+            console.print(f"saved at step {trainer.state.global_step}: run the same command again to go on")
+            raise SystemExit(INTERRUPTED)
+        report = _report(trainer, out, corpus, held_out)
+    except DivergenceError as error:
+        raise explain(error, recipe, out) from error
     _save_model(trainer, tokenizer, report, out)
-    with replacing(out / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console.print(f"the model is in {out / 'model'}, its report and learning curve beside it")
+    write_json(out / REPORT, report)
+    console.print(f"the model is in {out / MODEL}, its report and learning curve beside it")
     return report
+
+
+def _refuse_other_model(checkpoint: Path, config: HymbaConfig) -> None:
+    from hymba.training.checkpoint import read_config
+
+    stored = asdict(read_config(checkpoint))
+    for name, value in asdict(config).items():
+        if stored[name] != value:
+            problem = f"{checkpoint} is of a different model: its {name} is {stored[name]}, not {value}"
+            raise HymbaError(f"{problem}; choose another --out, or delete the checkpoint")
 
 
 def count_steps(recipe: Recipe, rows: PackedRows) -> int:
@@ -250,7 +237,7 @@ def _report(trainer: PretrainingTrainer, out: Path, corpus: Corpus, held_out: Pa
         "tokens_per_second": round(tokens / seconds),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} threads",
         "versions": versions,
-        "run": json.loads((out / "run.json").read_text(encoding="utf-8")),
+        "run": read_json(out / RUN),
     }
 
 
@@ -262,12 +249,15 @@ def _save_model(
 
     from hymba.training.card import write_card
 
-    directory, partial = out / "model", out / "model.partial"
+    partial = out / f"{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    trainer.model.to(getattr(torch, trainer.recipe.save_dtype)).save_pretrained(partial)
+    dtype = trainer.recipe.save_dtype
+    trainer.model.to(getattr(torch, dtype))
+    if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
+        raise HymbaError(f"the weights are too large for {dtype}: set save_dtype to float32 and run again")
+    trainer.model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for file in partial.iterdir():  # safetensors writes for the owner's eyes only
         file.chmod(new_file_mode())
     write_card(partial, trainer.model.config.core(), trainer.recipe, report, out / "curve.png")
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    replace_directory(partial, out / MODEL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, default_collate
 from transformers import (
@@ -26,10 +26,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from hymba.errors import HymbaError
+from hymba.training.checkpoint import is_finite, publish, remove_old
 from hymba.training.curve import draw_curve
+from hymba.training.divergence import DivergenceError
 from hymba.training.journal import Journal
 from hymba.training.optimizer import build_optimizer
 from hymba.training.packing import IGNORED, PackedRows
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 STAGING = "checkpoint.partial"
 LOG_EVERY = 10  # steps; each line costs one wait for the device
-KEPT_CHECKPOINTS = 2
 
 
 class PretrainingTrainer(Trainer):
@@ -64,14 +64,18 @@ class PretrainingTrainer(Trainer):
         self.stop = StopFlag()
         if recipe.gradient_checkpointing:  # here, since TrainingArguments' name for it changes between versions
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.first_bad_step = torch.zeros((), dtype=torch.int64)  # the first whose loss is not finite; 0: none
+        self.last_inputs: dict[str, Any] | None = None
         optimizer = build_optimizer(model, recipe)
+        self.rates = LambdaLR(optimizer, schedule)
+        self.peak_rates = list(self.rates.base_lrs)
         super().__init__(
             model,
             _arguments(recipe, schedule.steps, held_out is not None, out),
             data_collator=default_collate,
             train_dataset=rows,
             eval_dataset=held_out,
-            optimizers=(optimizer, LambdaLR(optimizer, schedule)),
+            optimizers=(optimizer, self.rates),
             callbacks=[journal, Conductor(schedule, journal, self.stop, recipe.max_minutes)],
         )
         self.remove_callback(PrinterCallback)
@@ -83,6 +87,39 @@ class PretrainingTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """Compute the loss alone; nobody here looks at logits."""
         return super().compute_loss(model, {**inputs, "skip_logits": True}, *rest, **options)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
+        """Compute the gradients of a micro-batch, and note whether its loss is finite."""
+        loss: Tensor = super().training_step(model, inputs, *rest, **options)
+        self.last_inputs = inputs
+        # On a GPU each look at a number waits for the device: there the first bad step is kept until one is due.
+        bad = ~loss.isfinite() & (self.first_bad_step.to(loss.device) == 0)
+        self.first_bad_step = torch.where(bad, self.state.global_step + 1, self.first_bad_step.to(loss.device))
+        if loss.device.type == "cpu":
+            self._refuse_bad_loss()
+        return loss
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """Log, unless there is something in it that is not finite."""
+        self._refuse_bad_loss()
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise DivergenceError("the gradients are", self.state.global_step)
+        super().log(logs, *rest)
+
+    def _refuse_bad_loss(self) -> None:
+        if step := int(self.first_bad_step):
+            raise DivergenceError("the loss is", step)
+
+    def _refuse_divergence(self) -> None:
+        """Make sure that training can go on from here: finite weights and state, which give a finite loss."""
+        self._refuse_bad_loss()
+        if not is_finite(self.model, self.optimizer):
+            raise DivergenceError("the weights or the optimizer's state are", self.state.global_step)
+        if self.last_inputs is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, self._prepare_inputs(self.last_inputs))
+            if not loss.isfinite():
+                raise DivergenceError("the loss is", self.state.global_step + 1)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure on some rows of the held-out files, spread evenly."""
@@ -108,10 +145,18 @@ class PretrainingTrainer(Trainer):
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             nats += self.model(**batch, skip_logits=True).loss.double() * count
             targets += count
+        if not nats.isfinite():
+            raise DivergenceError("the loss on the held-out files is", self.state.global_step)
         return float(nats) / targets / math.log(2) * rows.corpus.tokens_per_byte
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under another name and rename it: what bears its name is whole. Draw the curve."""
+        """Write a checkpoint under another name and rename it: what has its name is whole. Draw the curve.
+
+        Raises:
+            DivergenceError: there are numbers in it that are not finite, or they lead to a loss that is not.
+            HymbaError: it cannot be written.
+        """
+        self._refuse_divergence()
         out = Path(self.args.output_dir)
         staging = out / STAGING
         shutil.rmtree(staging, ignore_errors=True)
@@ -119,8 +164,7 @@ class PretrainingTrainer(Trainer):
         try:
             self.args.output_dir = str(staging)
             super()._save_checkpoint(model, trial)
-            shutil.rmtree(out / name, ignore_errors=True)
-            (staging / name).rename(out / name)
+            publish(staging / name, out / name)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them, by the file
             problem = f"cannot write {out / name}: {_reason(error)}"
             raise HymbaError(f"{problem}; earlier checkpoints are whole: make room and run again") from error
@@ -128,7 +172,7 @@ class PretrainingTrainer(Trainer):
             self.args.output_dir = str(out)
             shutil.rmtree(staging, ignore_errors=True)
         draw_curve(self.journal.log, out / "curve.png")
-        rotate_checkpoints(str(out), save_total_limit=KEPT_CHECKPOINTS, use_mtime=True)
+        remove_old(out, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model as a directory that `--model` takes: weights in safetensors, config, tokenizer."""
@@ -137,9 +181,17 @@ class PretrainingTrainer(Trainer):
         self.tokenizer.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the weights through the model's own door, which knows the stored names."""
+        """Load the weights with the model's own method, which knows the stored names."""
         stored = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
         self.model.load_state_dict(stored.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of both, but keep the recipe's learning rates: they may be lower than those stored."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.schedule.floor = self.recipe.min_lr / self.recipe.peak_lr
+        self.rates.base_lrs = self.peak_rates
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * self.schedule(self.rates.last_epoch)
 
 
 class StopFlag:
@@ -209,17 +261,6 @@ def _arguments(recipe: Recipe, steps: int, measure: bool, out: Path) -> Training
         disable_tqdm=True,
         report_to="none",
     )
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """Return the checkpoint of the largest step in `out`; one that was never finished bears another name."""
-    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def planned_steps(checkpoint: Path) -> int:
-    """Return the steps of the checkpoint's run: fewer than the recipe's once max_minutes has cut it short."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
 
 
 def _reason(error: Exception) -> str:

@@ -113,7 +113,7 @@ def _pack(x: _Inputs, *outputs: Tensor | None) -> bytes:
 @functools.cache
 def _functions(library: ctypes.CDLL) -> tuple[Callable[[bytes], None], Callable[[bytes], None]] | None:
     """Return hymba_attention_forward and _backward, told that they take packed bytes, or None without matrix units."""
-    if not library.hymba_attention_has_tiles():
+    if not native.has_matrix_units():
         return None
     functions = library.hymba_attention_forward, library.hymba_attention_backward
     for function in functions:

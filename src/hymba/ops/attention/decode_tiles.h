@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../native/amx.h"
+#include "parts.h"
 
 #if defined(HYMBA_AMX)
 namespace hymba {

@@ -1,4 +1,4 @@
-"""Attention in C++: one query a row, as in decoding, by cpu.cpp, more by blocks.cpp; the rest by torch's kernels."""
+"""Attention in C++: by cpu.cpp, or on matrix units by decode_tiles.cpp and blocks.cpp; the rest by torch's kernels."""
 
 from __future__ import annotations
 
@@ -17,40 +17,47 @@ from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
 
 _NO_WINDOW = torch.iinfo(torch.int64).max
-_DECODE = struct.Struct("28q")  # `struct Decode` of cpu.cpp; a ctypes.Structure would take three times as long to fill
+_ATTENTION = struct.Struct("30q")  # `struct Attention` of parts.h; a ctypes.Structure takes three times as long to fill
 
 
 def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
-    """C++ path for :func:`hymba.ops.attention.attention`, same signature."""
+    """C++ path for :func:`hymba.ops.attention.attention`, same signature.
+
+    Without matrix units, where neither a gradient nor documents are asked for, an output depends bit for bit on its
+    query and on the keys and values it sees alone, however many queries the call has.
+    """
     if _unfit(q, k, v):
         return cpu.attention(q, k, v, **mask)
-    if q.shape[1] == 1 and mask.get("query_documents") is None and not _wants_gradient(q, k, v):
-        return _decode(q, k, v, mask)
-    return blocks.attention(q, k, v, mask) if blocks.fits(q) else cpu.attention(q, k, v, **mask)
+    in_blocks = blocks.fits(q)
+    packed, gradient = mask.get("query_documents") is not None, _wants_gradient(q, k, v)
+    if not packed and not gradient and (q.shape[1] == 1 or not in_blocks):
+        out = _attend(q, k, v, mask)
+        if out is not None:
+            return out
+    return blocks.attention(q, k, v, mask) if in_blocks else cpu.attention(q, k, v, **mask)
 
 
-def _decode(q: Tensor, k: Heads, v: Heads, mask: Mask) -> Tensor:
+def _attend(q: Tensor, k: Heads, v: Heads, mask: Mask) -> Tensor | None:
+    """Run the kernel of cpu.cpp; None where it does not take these positions."""
     queries, positions, window = mask["query_positions"].contiguous(), mask["key_positions"], mask["window"]
     if positions.stride(1) != 1:
         positions = positions.contiguous()
-    q = q.contiguous()
+    q = q if q.stride()[2:] == (q.shape[3], 1) else q.contiguous()
     (keys, key_scales), (values, value_scales) = blocks.stored(k), blocks.stored(v)
-    (rows, _, heads, width), (_, slots, groups, value_width) = q.shape, values.shape
-    out = q.new_empty((rows, 1, heads, value_width))
-    sizes = rows, heads, groups, slots, width, value_width, _NO_WINDOW if window is None else window, mask["num_meta"]
-    strides = heads * width, *keys.stride()[:2], *values.stride()[:2], positions.stride(0)
+    (rows, steps, heads, width), (_, slots, groups, value_width) = q.shape, values.shape
+    out = q.new_empty((rows, steps, heads, value_width))
+    sizes = rows, steps, heads, groups, slots, width, value_width, _NO_WINDOW if window is None else window
+    strides = *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2], positions.stride(0)
     scale_strides: tuple[int, ...] = (0, 0, 0, 0)
     scale_pointers = 0, 0
     if key_scales is not None and value_scales is not None:
         scale_strides = *key_scales.stride()[:2], *value_scales.stride()[:2]
         scale_pointers = key_scales.data_ptr(), value_scales.data_ptr()
     pointers = q.data_ptr(), keys.data_ptr(), values.data_ptr(), *scale_pointers
-    tables = queries.data_ptr(), positions.data_ptr()
-    dtype, threads = native.DTYPES.index(q.dtype), torch.get_num_threads()
-    _function(native.library())(
-        _DECODE.pack(*sizes, dtype, threads, *strides, *scale_strides, *pointers, *tables, out.data_ptr())
-    )
-    return out
+    tables = queries.data_ptr(), positions.data_ptr(), out.data_ptr()
+    others = mask["num_meta"], native.DTYPES.index(q.dtype), torch.get_num_threads()
+    run = _function(native.library())
+    return out if run(_ATTENTION.pack(*sizes, *others, *strides, *scale_strides, *pointers, *tables)) else None
 
 
 def _unfit(q: Tensor, k: Heads, v: Heads) -> bool:
@@ -68,8 +75,8 @@ def _wants_gradient(q: Tensor, k: Heads, v: Heads) -> bool:
 
 
 @functools.cache
-def _function(library: ctypes.CDLL) -> Callable[[bytes], None]:
-    """Return hymba_decode_attention, told that it takes the packed bytes of its argument."""
-    function = library.hymba_decode_attention
-    function.argtypes, function.restype = (ctypes.c_char_p,), None
+def _function(library: ctypes.CDLL) -> Callable[[bytes], int]:
+    """Return hymba_attention, declared to take the packed bytes of its argument."""
+    function = library.hymba_attention
+    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
     return function

@@ -8,8 +8,9 @@
 // One row reads its weights as one stream, output after output, for that is how memory is fastest. Where `in` is not a
 // multiple of CHUNK, the last chunk of weights reaches back over the one before, and the activations there are zero.
 //
-// An output is summed in the same order whatever the number of threads, and of rows, until the matrix units (amx.h)
-// take over: then int8 stays the same bit for bit, and the others to the rounding of a float sum.
+// The result of a row is the same bit for bit whatever the number of threads and of rows: the weight's format and shape
+// and the processor alone decide in which order an output is summed. Only int8, whose sums are exact, changes from
+// vectors to the matrix units (amx.h) with the number of rows.
 #include "amx.h"
 #include "weights.h"
 
@@ -21,7 +22,9 @@ constexpr int OUTPUTS = 32;           // outputs written together
 constexpr int FLOATS = LANES<float>;
 constexpr int64_t AHEAD = 8192;       // bytes that a single stream is called for before it is needed
 constexpr float LARGEST = 127 * 256;  // of activations as integers: they come apart into two signed bytes
-constexpr int MOST_ROWS = VECTOR_BYTES == 64 ? 4 : 2;  // rows taken together: the sums stay in registers
+// Rows taken together: the sums stay in registers. Many rows take the larger tile, few would leave it half empty.
+constexpr int FEW_ROWS = VECTOR_BYTES == 64 ? 4 : 2, MANY_ROWS = VECTOR_BYTES == 64 ? 6 : 2;
+constexpr int64_t MANY = 17, TOGETHER = 768;  // rows; those whose activations are arranged at a time
 
 template <int M>
 constexpr int STREAMS = M == 1 ? 1 : 2;  // outputs read together, for M rows
@@ -31,7 +34,8 @@ typedef int16_t ShortVec __attribute__((vector_size(VECTOR_BYTES / 2)));
 // The call's activations as the kernels want them, of `width` values each: chunks_of(in) chunks, made even in number.
 struct Activations {
     int64_t rows, width;
-    const float* floats;      // (rows, width), in each 2 · FLOATS the even ones first
+    const float* floats;      // (rows, width); beside bf16 weights the even ones first in each 2 · FLOATS
+    const bf16* halves;       // (rows, width)
     const int16_t* integers;  // (rows, width)
     const float* scales;      // (rows,) of the integers
     const float* offsets;     // (rows, width / CHUNK) −8 · sum of each CHUNK of the integers
@@ -80,11 +84,53 @@ HYMBA_INLINE void each_chunk(const W* const (&rows)[S], int64_t in, int64_t begi
     chunk(ends, 0, k);
 }
 
+// What a kernel reads of the activations.
+enum class Reads { floats, parted, halves, integers };
+
+// ---- float ---------------------------------------------------------------------------------------------------------
+
+struct Float {
+    static constexpr Reads READS = Reads::floats;
+    static constexpr bool ALIGNED_LEFT = false;
+    static constexpr int AMX_ROWS = 0;  // the matrix units do not multiply floats
+    static int64_t bytes(int64_t in) { return 4 * in; }
+
+    template <int M>
+    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][QUAD]) {
+        constexpr int S = STREAMS<M>;
+        const float* a = x.floats + m * x.width;
+        Vec<float> sums[M][QUAD];
+        for (int q = 0; q < QUAD; q += S) {
+            const float* rows[S];
+            for (int c = 0; c < S; ++c) rows[c] = row_of<float>(w.data, w.in, w, n, q + c);
+            Vec<float> first[M][S] = {}, second[M][S] = {};
+            each_chunk(rows, w.in, 0, w.in, [&](const float* const(&rows)[S], int64_t at, int64_t k)
+                                                __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int i = 0; i < CHUNK; i += 2 * FLOATS)
+#pragma GCC unroll 8
+                    for (int c = 0; c < S; ++c) {
+                        const Vec<float> v = load(rows[c] + at + i), u = load(rows[c] + at + i + FLOATS);
+#pragma GCC unroll 8
+                        for (int r = 0; r < M; ++r) {
+                            first[r][c] += v * load(a + r * x.width + k + i);
+                            second[r][c] += u * load(a + r * x.width + k + i + FLOATS);
+                        }
+                    }
+            });
+            for (int r = 0; r < M; ++r)
+                for (int c = 0; c < S; ++c) sums[r][q + c] = first[r][c] + second[r][c];
+        }
+        for (int r = 0; r < M; ++r) sum_lanes_of(sums[r], out[r]);
+    }
+};
+
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
 struct Bfloat {
-    static constexpr bool INTEGERS = false, ALIGNED_LEFT = false;
-    static constexpr int AMX_ROWS = 2;  // from which the matrix units are faster
+    static constexpr Reads READS = Reads::parted;
+    static constexpr bool ALIGNED_LEFT = false;
+    static constexpr int AMX_ROWS = 1;  // from which the matrix units serve
     static int64_t bytes(int64_t in) { return 2 * in; }
 
 #if defined(HYMBA_AMX)
@@ -127,6 +173,54 @@ struct Bfloat {
         for (int r = 0; r < M; ++r) sum_lanes_of(sums[r], out[r]);
     }
 };
+
+#if defined(HYMBA_BF16_DOT)
+// The same with products of bf16 pairs (VDPBF16PS), where the processor has them.
+struct BfloatDot {
+    static constexpr Reads READS = Reads::halves;
+    static constexpr bool ALIGNED_LEFT = false;
+    static int64_t bytes(int64_t in) { return 2 * in; }
+
+    static bool usable() {
+        static const bool answer = __builtin_cpu_supports("avx512bf16");
+        return answer;
+    }
+
+    template <int M>
+    static void tile(const Weights& w, int64_t n, const Activations& x, int64_t m, float (&out)[M][QUAD]) {
+        constexpr int S = STREAMS<M>;
+        const bf16* a = x.halves + m * x.width;
+        Vec<float> sums[M][QUAD];
+        for (int q = 0; q < QUAD; q += S) {
+            const bf16* rows[S];
+            for (int c = 0; c < S; ++c) rows[c] = row_of<bf16>(w.data, w.in, w, n, q + c);
+            __m512 first[M][S] = {}, second[M][S] = {};
+            each_chunk(rows, w.in, 0, w.in, [&](const bf16* const(&rows)[S], int64_t at, int64_t k)
+                                                __attribute__((always_inline)) {
+                __m512bh low[S], high[S];
+#pragma GCC unroll 8
+                for (int c = 0; c < S; ++c) {
+                    low[c] = load_as<__m512bh>(rows[c] + at);
+                    high[c] = load_as<__m512bh>(rows[c] + at + 32);
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < M; ++r) {
+                    const __m512bh u = load_as<__m512bh>(a + r * x.width + k);
+                    const __m512bh v = load_as<__m512bh>(a + r * x.width + k + 32);
+#pragma GCC unroll 8
+                    for (int c = 0; c < S; ++c) {
+                        first[r][c] = _mm512_dpbf16_ps(first[r][c], low[c], u);
+                        second[r][c] = _mm512_dpbf16_ps(second[r][c], high[c], v);
+                    }
+                }
+            });
+            for (int r = 0; r < M; ++r)
+                for (int c = 0; c < S; ++c) sums[r][q + c] = reinterpret_cast<Vec<float>>(first[r][c] + second[r][c]);
+        }
+        for (int r = 0; r < M; ++r) sum_lanes_of(sums[r], out[r]);
+    }
+};
+#endif
 
 // ---- Integers ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +276,8 @@ struct Shorts {
 };
 
 struct Int8 {
-    static constexpr bool INTEGERS = true, ALIGNED_LEFT = false;
+    static constexpr Reads READS = Reads::integers;
+    static constexpr bool ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 3;
     static int64_t bytes(int64_t in) { return in; }
 
@@ -313,8 +408,9 @@ struct Groups {
 };
 
 struct Int4 {
-    static constexpr bool INTEGERS = true, ALIGNED_LEFT = true;
-    static constexpr int AMX_ROWS = 4;
+    static constexpr Reads READS = Reads::integers;
+    static constexpr bool ALIGNED_LEFT = true;
+    static constexpr int AMX_ROWS = 1;
     static int64_t bytes(int64_t in) { return chunks_of(in) * CHUNK / 2; }
 
 #if defined(HYMBA_AMX)
@@ -438,16 +534,6 @@ void swap_second_groups(char* high, char* low, int64_t width) {
 
 // ---- Driver --------------------------------------------------------------------------------------------------------
 
-// Outputs n … n + QUAD − 1 of every row, M rows at a time: the next M find the same weights in the first-level cache.
-template <class Format, int M>
-void run(const Weights& w, int64_t n, const Activations& x, int64_t rows, float* out) {
-    for (int64_t m = 0; m < rows; m += M) {
-        float sums[M][QUAD];
-        Format::template tile<M>(w, n, x, m, sums);
-        for (int r = 0; r < M && m + r < rows; ++r) std::memcpy(out + (m + r) * OUTPUTS, sums[r], sizeof sums[r]);
-    }
-}
-
 // Writes outputs n … n + count − 1 of every row, from sums (rows, OUTPUTS).
 template <class T>
 void write(const Weights& w, const float* sums, int64_t n, int count, int64_t rows, const float* bias, T* out) {
@@ -460,15 +546,37 @@ void write(const Weights& w, const float* sums, int64_t n, int count, int64_t ro
         }
 }
 
+// Outputs begin … end − 1 of every row, M rows at a time. Few rows find the same weights in the first-level cache; of many,
+// a tile's activations stay there while the weights come from the second level.
+template <class Format, int M, class T>
+void run(const Weights& w, int64_t begin, int64_t end, const Activations& x, int64_t rows, const float* bias, T* out) {
+    const int64_t block = rows < MANY ? rows : M;  // rows whose outputs are written together
+    Scratch<float> sums((block + M) * OUTPUTS);
+    for (int64_t first = 0; first < rows; first += block) {
+        const int64_t height = rows - first < block ? rows - first : block;
+        for (int64_t n = begin; n < end; n += OUTPUTS) {
+            const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
+            for (int c = 0; c < count; c += QUAD)
+                for (int64_t m = 0; m < height; m += M) {
+                    float tile[M][QUAD];
+                    Format::template tile<M>(w, n + c, x, first + m, tile);
+                    for (int r = 0; r < M; ++r) std::memcpy(sums + (m + r) * OUTPUTS + c, tile[r], sizeof tile[r]);
+                }
+            write(w, sums, n, count, height, bias, out + first * w.out);
+        }
+    }
+}
+
 // Calls some(begin, end) for stretches of outputs, each long enough to be worth a visit and begun at a multiple
-// of QUAD; a small matrix is left to one thread, which is done before others are awake.
+// of QUAD; a small matrix is left to one thread, which is done before others are awake. Of many rows a stretch of weights
+// is read again and again, and has to fit the second-level cache.
 template <class Some>
-void share_out(const Weights& w, int64_t bytes, int threads, const Some& some) {
+void share_out(const Weights& w, int64_t bytes, int64_t rows, int threads, const Some& some) {
     constexpr int64_t ALONE = 1 << 16, TASK = 1 << 17, MOST = 8;  // bytes, bytes, tasks a thread
     const int64_t total = w.out * bytes, quads = (w.out + QUAD - 1) / QUAD;
-    if (total < ALONE) threads = 1;
+    if (total * (rows + 3) / 4 < ALONE) threads = 1;
     int64_t tasks = (total / TASK + threads - 1) / threads;
-    tasks = threads * (tasks < 1 ? 1 : tasks < MOST ? tasks : MOST);
+    tasks = threads * (tasks < 1 ? 1 : tasks < MOST || rows >= MANY ? tasks : MOST);
     if (tasks > quads) tasks = quads;
     parallel_stretches(tasks, threads, [&](int64_t task) {
         const int64_t end = quads * (task + 1) / tasks * QUAD;
@@ -476,34 +584,36 @@ void share_out(const Weights& w, int64_t bytes, int threads, const Some& some) {
     });
 }
 
+// Takes up to TOGETHER rows.
 template <class Format, class T>
 void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
-    const int together = rows == 1 ? 1 : rows == 2 ? 2 : MOST_ROWS;
+    constexpr Reads READS = Format::READS;
+    constexpr bool WIDE = READS == Reads::floats || READS == Reads::parted;
+    const int together = rows == 1 ? 1 : rows == 2 ? 2 : rows < MANY ? FEW_ROWS : MANY_ROWS;
     const int64_t chunks = (chunks_of(w.in) + 1) / 2 * 2, width = chunks * CHUNK;
     const int64_t all = (rows + together - 1) / together * together;  // the rest fill the last tile up
-    Scratch<float> floats((Format::INTEGERS ? 1 : all) * width), scales(all), offsets(all * chunks);
-    Scratch<int16_t> integers(Format::INTEGERS ? all * width : 0);
-    for (int64_t m = 0; m < all; ++m) {
-        float* row = floats + (Format::INTEGERS ? 0 : m * width);
-        const float largest = widen_row(x + (m < rows ? m : 0) * w.in, w.in, width, Format::ALIGNED_LEFT, row);
-        if (Format::INTEGERS)
-            scales[m] = quantize(row, largest, width, integers + m * width, offsets + m * chunks);
-        else
-            part(row, width);
-        if (std::is_same_v<Format, Int4>) Groups::arrange(integers + m * width, width);
-    }
-    const Activations a{all, width, floats, integers, scales, offsets};
-    share_out(w, Format::bytes(w.in), threads, [&](int64_t begin, int64_t end) {
-        Scratch<float> sums(rows * OUTPUTS);
-        for (int64_t n = begin; n < end; n += OUTPUTS) {
-            const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
-            for (int c = 0; c < count; c += QUAD) {
-                if (together == 1) run<Format, 1>(w, n + c, a, rows, sums + c);
-                if (together == 2) run<Format, 2>(w, n + c, a, rows, sums + c);
-                if (together > 2) run<Format, MOST_ROWS>(w, n + c, a, rows, sums + c);
-            }
-            write(w, sums, n, count, rows, bias, out);
+    Scratch<float> floats(WIDE ? all * width : 0), scales(all), offsets(all * chunks);
+    Scratch<bf16> halves(READS == Reads::halves ? all * width : 0);
+    Scratch<int16_t> integers(READS == Reads::integers ? all * width : 0);
+    parallel_rows(all, width, 1 << 17, threads, [&](int64_t begin, int64_t end) {
+        Scratch<float> narrow(WIDE ? 0 : width);
+        for (int64_t m = begin; m < end; ++m) {
+            float* row = WIDE ? floats + m * width : narrow;
+            const float largest = widen_row(x + (m < rows ? m : 0) * w.in, w.in, width, Format::ALIGNED_LEFT, row);
+            if (READS == Reads::integers)
+                scales[m] = quantize(row, largest, width, integers + m * width, offsets + m * chunks);
+            if (READS == Reads::parted) part(row, width);
+            if (READS == Reads::halves)
+                for (int64_t k = 0; k < width; k += FLOATS) store(halves + m * width + k, load(row + k));
+            if (std::is_same_v<Format, Int4>) Groups::arrange(integers + m * width, width);
         }
+    });
+    const Activations a{all, width, floats, halves, integers, scales, offsets};
+    share_out(w, Format::bytes(w.in), rows, threads, [&](int64_t begin, int64_t end) {
+        if (together == 1) run<Format, 1>(w, begin, end, a, rows, bias, out);
+        if (together == 2) run<Format, 2>(w, begin, end, a, rows, bias, out);
+        if (together == FEW_ROWS && FEW_ROWS > 2) run<Format, FEW_ROWS>(w, begin, end, a, rows, bias, out);
+        if (together == MANY_ROWS && MANY_ROWS > 2) run<Format, MANY_ROWS>(w, begin, end, a, rows, bias, out);
     });
 }
 
@@ -511,20 +621,21 @@ void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, 
 // Calls use(Turned) with the activations made ready for the matrix units.
 template <class Format, class T, class Use>
 void turned(const Weights& w, const T* x, int64_t rows, const Use& use) {
+    constexpr bool INTEGERS = Format::READS == Reads::integers;
     const int64_t width = rows <= 4 ? 4 : rows <= 8 ? 8 : 16, chunks = (chunks_of(w.in) + 1) / 2 * 2;
-    const int64_t count = chunks * CHUNK, bytes = count * (Format::INTEGERS ? 1 : 2);
+    const int64_t count = chunks * CHUNK, bytes = count * (INTEGERS ? 1 : 2);
     Scratch<char> high(rows * bytes), low(rows * bytes), first(width * bytes), second(width * bytes);
     Scratch<float> row(count), scales(width), sums(chunks);
     Scratch<int32_t> offsets(chunks * width);
     Scratch<int16_t> integers(count);
     std::memset(offsets, 0, static_cast<size_t>(chunks * width) * sizeof(int32_t));
     for (int64_t m = 0; m < rows; ++m) {
-        if (std::is_same_v<T, bf16> && !Format::INTEGERS && w.in == count) {
+        if (std::is_same_v<T, bf16> && !INTEGERS && w.in == count) {
             std::memcpy(high + m * bytes, x + m * w.in, static_cast<size_t>(bytes));
             continue;
         }
         const float largest = widen_row(x + m * w.in, w.in, count, Format::ALIGNED_LEFT, row);
-        if (Format::INTEGERS) {
+        if (INTEGERS) {
             scales[m] = quantize(row, largest, count, integers, sums);
             split(integers, count, reinterpret_cast<int8_t*>(high + m * bytes),
                   reinterpret_cast<int8_t*>(low + m * bytes));
@@ -538,15 +649,16 @@ void turned(const Weights& w, const T* x, int64_t rows, const Use& use) {
     if (std::is_same_v<Format, Int4>)
         for (int64_t m = 0; m < rows; ++m) swap_second_groups(high + m * bytes, low + m * bytes, count);
     amx::turn(high, rows, bytes / 4, width, first);
-    if (Format::INTEGERS) amx::turn(low, rows, bytes / 4, width, second);
+    if (INTEGERS) amx::turn(low, rows, bytes / 4, width, second);
     use(Turned{width, first, second, scales, offsets});
 }
 
 template <class Format, class T>
 void linear_by_tiles(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
-    const int64_t bytes = Format::bytes(w.in), lines = CHUNK * (Format::INTEGERS ? 1 : 2) / amx::LINE;
+    constexpr bool INTEGERS = Format::READS == Reads::integers;
+    const int64_t bytes = Format::bytes(w.in), lines = CHUNK * (INTEGERS ? 1 : 2) / amx::LINE;
     turned<Format>(w, x, rows, [&](const Turned& a) {
-        share_out(w, bytes, threads, [&](int64_t begin, int64_t end) {
+        share_out(w, bytes, rows, threads, [&](int64_t begin, int64_t end) {
             amx::Unit unit(a.width);
             alignas(64) float block[OUTPUTS][amx::ROWS];
             Scratch<float> sums(rows * OUTPUTS);
@@ -558,7 +670,7 @@ void linear_by_tiles(const Weights& w, const T* x, T* out, const float* bias, in
                 Format::multiply(w, b, from, a, block);
                 for (int64_t m = 0; m < rows; ++m)
                     for (int c = 0; c < count; ++c)
-                        sums[m * OUTPUTS + c] = block[n - from + c][m] * (Format::INTEGERS ? a.scales[m] : 1);
+                        sums[m * OUTPUTS + c] = block[n - from + c][m] * (INTEGERS ? a.scales[m] : 1);
                 write(w, sums, n, count, rows, bias, out);
             }
         });
@@ -569,18 +681,37 @@ void linear_by_tiles(const Weights& w, const T* x, T* out, const float* bias, in
 template <class Format, class T>
 void linear(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
 #if defined(HYMBA_AMX)
-    const bool fits = w.out >= OUTPUTS && w.in <= amx::MOST_INPUTS && (Format::ALIGNED_LEFT || w.in >= CHUNK);
-    if (rows >= Format::AMX_ROWS && rows <= amx::ROWS && fits && amx::usable())
-        return linear_by_tiles<Format>(w, x, out, bias, rows, threads);
+    if constexpr (Format::AMX_ROWS > 0) {
+        const bool fits = w.out >= OUTPUTS && w.in <= amx::MOST_INPUTS && (Format::ALIGNED_LEFT || w.in >= CHUNK);
+        if (rows >= Format::AMX_ROWS && fits && amx::usable()) {
+            for (int64_t m = 0; m < rows; m += amx::ROWS)
+                linear_by_tiles<Format>(w, x + m * w.in, out + m * w.out, bias,
+                                        rows - m < amx::ROWS ? rows - m : amx::ROWS, threads);
+            return;
+        }
+    }
 #endif
-    linear_by_vectors<Format>(w, x, out, bias, rows, threads);
+    for (int64_t m = 0; m < rows; m += TOGETHER) {
+        const int64_t count = rows - m < TOGETHER ? rows - m : TOGETHER;
+        const T* from = x + m * w.in;
+        T* to = out + m * w.out;
+#if defined(HYMBA_BF16_DOT)
+        if constexpr (std::is_same_v<Format, Bfloat>)
+            if (BfloatDot::usable()) {
+                linear_by_vectors<BfloatDot>(w, from, to, bias, count, threads);
+                continue;
+            }
+#endif
+        linear_by_vectors<Format>(w, from, to, bias, count, threads);
+    }
 }
 
 }  // namespace
 }  // namespace hymba
 
-// out (rows, outputs) = x (rows, in) · weightᵀ + bias. `bits` is 16, 8 or 4 a weight; `scales` is null for 16, `bias`
-// (outputs,) or null. x and out are both bf16 or, with 8 or 4 bits, both float. Everything is contiguous.
+// out (rows, outputs) = x (rows, in) · weightᵀ + bias. `bits` is 32, 16, 8 or 4 a weight; `scales` is null for 32 and 16,
+// `bias` (outputs,) or null. x and out are both bf16, with 16, 8 or 4 bits, or both float, with 32, 8 or 4. Everything is
+// contiguous.
 HYMBA_API void hymba_linear(int bits, const void* weight, const void* scales, const float* bias, const void* x,
                             int bf16_x, void* out, int64_t rows, int64_t in, int64_t outputs, int threads) {
     using namespace hymba;
@@ -593,6 +724,8 @@ HYMBA_API void hymba_linear(int bits, const void* weight, const void* scales, co
         if (bits == 4) linear<Int4>(w, from, to, bias, rows, threads);
         if constexpr (std::is_same_v<T, bf16>)
             if (bits == 16) linear<Bfloat>(w, from, to, bias, rows, threads);
+        if constexpr (std::is_same_v<T, float>)
+            if (bits == 32) linear<Float>(w, from, to, bias, rows, threads);
     };
     bf16_x ? run(bf16{}) : run(float{});
 }

@@ -1,4 +1,8 @@
-"""Linear maps in C++ (cpu.cpp): few rows read each weight once; for many, torch multiplies what C++ dequantises."""
+"""Linear maps in C++ (cpu.cpp): few rows read each weight once; for many, torch multiplies what C++ dequantizes.
+
+A row's result does not depend on how many others are decoded with it: inputs of one token a row are always multiplied
+in C++. Without matrix units it does not depend on them in prefill either (`hymba.ops.native.is_batch_invariant`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ from hymba.ops import native
 from hymba.ops.linear import cpu
 from hymba.ops.linear.weight import QuantizedWeight
 
-MOST_ROWS = 16  # beyond, the matrix units of torch's product win
-BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}  # of an entry, by the dtype of a weight's values
+MOST_ROWS = 16  # beyond, torch's product is faster where a processor has matrix units
+# Bits of an entry, by the dtype of a weight's values.
+BITS = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 
 
 class _Kept(threading.local):
@@ -37,7 +42,8 @@ _kept = _Kept()
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """C++ path for :func:`hymba.ops.linear.linear`, same signature.
 
-    Takes bfloat16 and quantised weights beside bfloat16 or float32 inputs, where no gradient is wanted.
+    Takes weights in the dtype of the input, float32 or bfloat16, or quantized, where no gradient is wanted, and up to
+    ``MOST_ROWS`` rows or any number of rows (B, 1, in) of one token each.
     """
     values, scales = (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
     bits, shape = BITS.get(values.dtype), x.shape
@@ -45,7 +51,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
         return cpu.linear(x, weight, bias)
     inputs = shape[-1]
     rows = x.numel() // inputs
-    if rows > MOST_ROWS:
+    if rows > MOST_ROWS and not is_decode(x) and not native.is_batch_invariant(x.dtype, bits < 16):
         if isinstance(weight, QuantizedWeight):
             buffer = _kept.take(min(cpu.block_size(weight), weight.out_features), inputs, x.dtype)
             return cpu.by_blocks(x, weight, bias, lambda block, dtype: dequantize(block, dtype, buffer))
@@ -70,6 +76,11 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
         torch.get_num_threads(),
     )
     return out
+
+
+def is_decode(x: Tensor) -> bool:
+    """Return whether inputs (B, T, in) are one token each of several rows."""
+    return x.dim() == 3 and x.shape[1] == 1
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
@@ -108,7 +119,7 @@ def _unfit(x: Tensor, values: Tensor, bias: Tensor | None, bits: int) -> bool:
             torch.is_grad_enabled()
             and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
         )
-        or not (x.dtype is torch.bfloat16 or (x.dtype is torch.float32 and bits != 16))
+        or not (x.dtype == values.dtype if bits > 8 else x.dtype in (torch.bfloat16, torch.float32))
         or not values.is_contiguous()
         or not values.is_cpu
         or x.numel() == 0

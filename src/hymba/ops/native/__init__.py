@@ -74,6 +74,31 @@ def why_unfit(x: Tensor) -> str:
     return why_not()
 
 
+def is_batch_invariant(dtype: torch.dtype, quantized: bool) -> bool:
+    """Return whether a token's result is the same bit for bit however many tokens are computed with it.
+
+    It is with kernels that sum in one order for every size, as all of ours do that work with vectors. On a processor
+    with matrix units (AMX), bfloat16 and quantized weights are multiplied by torch, whose order depends on the size.
+
+    Args:
+        dtype: of the activations.
+        quantized: whether weights have 8 or 4 bits.
+    """
+    if library() is None or dtype not in DTYPES[:2]:
+        return False
+    return (dtype == torch.float32 and not quantized) or not has_matrix_units()
+
+
+def has_matrix_units() -> bool:
+    """Return whether the kernels use the processor's matrix units (AMX)."""
+    return (handle := library()) is not None and _has_tiles(handle)
+
+
+@functools.cache
+def _has_tiles(handle: ctypes.CDLL) -> bool:
+    return bool(handle.hymba_attention_has_tiles())
+
+
 def listen(listener: Callable[[Callable, tuple], None] | None) -> None:
     """Tell `listener` of each kernel's call in this thread from now on, with its arguments; None ends it."""
     _listener.hear = listener

@@ -17,6 +17,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(HYMBA_AVX512) && defined(__AVX512BF16__)
+#define HYMBA_BF16_DOT  // compiled in; whether the processor has it is asked at run time
+#endif
+
 #define HYMBA_API extern "C" __attribute__((visibility("default")))
 #define HYMBA_INLINE inline __attribute__((always_inline))
 
