@@ -66,6 +66,7 @@ def test_untied_and_resized_embeddings(build: Callable[..., HymbaForCausalLM], t
     model = build(tie_word_embeddings=False).eval()
     model.resize_token_embeddings(70)
     assert model(IDS).logits.shape[-1] == 70
+    assert model(torch.full_like(IDS, 69), labels=torch.full_like(IDS, 69)).loss.isfinite()
     model.save_pretrained(tmp_path)
     again = HymbaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)

@@ -16,6 +16,7 @@ from hymba.hf.heads import HymbaForQuestionAnswering, HymbaForSequenceClassifica
 from hymba.hf.integrations import install
 from hymba.hf.modeling_hymba import HymbaForCausalLM, HymbaModel, HymbaPreTrainedModel
 from hymba.hf.names import renamings
+from hymba.hf.registration import add_to_transformers
 
 AutoConfig.register(HymbaConfig.model_type, HymbaConfig)
 AutoModel.register(HymbaConfig, HymbaModel)
@@ -25,6 +26,15 @@ AutoModelForTokenClassification.register(HymbaConfig, HymbaForTokenClassificatio
 AutoModelForQuestionAnswering.register(HymbaConfig, HymbaForQuestionAnswering)
 register_checkpoint_conversion_mapping(HymbaConfig.model_type, renamings())
 install()
+
+# Models, by the names that config.json gives.
+add_to_transformers(
+    HymbaForCausalLM,
+    HymbaForQuestionAnswering,
+    HymbaForSequenceClassification,
+    HymbaForTokenClassification,
+    HymbaModel,
+)
 
 __all__ = [
     "HymbaCache",

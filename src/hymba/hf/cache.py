@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from hymba.errors import HymbaError
+from hymba.hf.offload import is_hooked
 from hymba.inference.step import DecodeStep
 from hymba.model import Cache as CoreCache
 from hymba.model import Hymba, HymbaOutput
@@ -51,7 +52,11 @@ class HymbaMemory:
         if self.width + columns > self.core.max_length:
             self.core.grow(2 * (self.width + columns))
         self.width += columns
-        if self.repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
+        compiles = torch.compiler.is_compiling()
+        if self.repeats and compiles:
+            self.core.whole = True  # one graph for all steps
+        repeats = self.repeats and not compiles and not is_hooked(model.final_norm)
+        if repeats and columns == 1 and not torch.is_grad_enabled() and _is_plain(call):
             return HymbaOutput(self._repeat(model, call["tokens"][:, 0]))
         return model(**call, cache=self.core)
 
@@ -187,7 +192,11 @@ def hymba_memory(cache: Cache | None, num_layers: int) -> HymbaMemory | None:
     layers = getattr(cache, "layers", None)
     if layers and isinstance(layers[0], HymbaCacheLayer):
         return layers[0].memory
-    if layers is None or getattr(cache, "offloading", False) or int(cache.get_seq_length()) > 0:
+    if getattr(cache, "offloading", False):
+        raise HymbaError(
+            "a Hymba cache cannot be offloaded layer by layer: leave cache_implementation out, or 'static'"
+        )
+    if layers is None or int(cache.get_seq_length()) > 0:
         kind = type(cache).__name__
         raise HymbaError(f"past_key_values is a used or unsupported {kind}: pass an empty hymba.hf.HymbaCache")
     capacity = max(cache.get_max_length(), 0) if layers else getattr(cache, "capacity", 0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from itertools import groupby
 from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from hymba.hf.remote_code import write_remote_code
 from hymba.model import HymbaConfig as CoreConfig
 
 # Keys that stay in the file and are no attributes. By `output_router_logits` and its kin others take a model for a
@@ -110,10 +113,26 @@ class HymbaConfig(PreTrainedConfig):
             written.pop("auto_map", None)
         return written
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write ``config.json``, and the files that its `auto_map` names; see :mod:`hymba.hf.remote_code`."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_remote_code(directory, type(self), getattr(self, "auto_map", None) or {})
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Do nothing: saving is not to copy the sources of an installed package."""
+
     @property
     def head_dim(self) -> int:
         """K, the width of a query or key head."""
         return self.hidden_size // self.num_attention_heads if self.kq_head_dim == -1 else self.kq_head_dim
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers is to allocate or page for each layer: states beside keys and values. Not in the file."""
+        return ["hybrid"] * self.num_hidden_layers
 
     def core(self) -> CoreConfig:
         """Return the same shape as :class:`hymba.model.HymbaConfig`."""

@@ -31,10 +31,11 @@ class Layout:
         if mask is None:
             return cls()
         real = mask.bool()
-        if bool(real.all()):
-            return cls()
-        if bool((real[:, 1:] <= real[:, :-1]).all()):
-            return cls(real.sum(1))
+        if not torch.compiler.is_compiling():  # a graph has one path for all values
+            if bool(real.all()):
+                return cls()
+            if bool((real[:, 1:] <= real[:, :-1]).all()):
+                return cls(real.sum(1))
         # Padding behind a row's last token stays next to it, so that what stands before the row changes no output.
         before = real.flip(1).cumsum(1).flip(1) > 0
         return cls(real.sum(1), torch.argsort(~real * (1 + before), dim=1, stable=True))
@@ -100,9 +101,10 @@ def packed_documents(
     padding = ~layout.real(columns, positions.device)[:, 1:]
     starts = (positions[:, 1:] == 0) & ~padding
     steady = (positions[:, 1:] == positions[:, :-1] + 1) | padding
-    if not bool(starts.any()) or not bool((starts | steady).all()):
+    packed = (starts | steady).all()
+    if not torch.compiler.is_compiling() and not (bool(packed) and bool(starts.any())):
         return None
-    return F.pad(starts.cumsum(1), (1, 0)).expand(rows, -1)
+    return F.pad((starts & packed).cumsum(1), (1, 0)).expand(rows, -1)
 
 
 def rotary_positions(
@@ -116,10 +118,14 @@ def rotary_positions(
 
     Packed `documents` count their own.
     """
-    if position_ids is None or documents is not None:
+    if position_ids is None:
         return None
     rows, columns = steps
     positions = layout.compact(position_ids).expand(rows, -1)
+    if torch.compiler.is_compiling():
+        return positions
+    if documents is not None:
+        return None
     held = 0 if cache is None else cache.lengths[:, None]
     natural = held + torch.arange(columns, device=positions.device)
     unnatural = (positions != natural) & layout.real(columns, positions.device)

@@ -20,8 +20,11 @@ from hymba.hf.cache import HymbaCache, hymba_memory
 from hymba.hf.configuration_hymba import HymbaConfig
 from hymba.hf.layout import Layout, last_columns, packed_documents, rotary_positions
 from hymba.hf.names import translate_state_dict
+from hymba.hf.offload import execution_device, is_hooked, loaded, prepare_dispatched
+from hymba.hf.unsupported import UnpagedGeneration, check_attention
 from hymba.model import Hymba, Scheme
-from hymba.model.hymba import HybridMixer, HymbaLayer, Linear
+from hymba.model.cache import Prefix
+from hymba.model.hymba import HybridMixer, HymbaLayer, LayerOutput, Linear
 from hymba.model.init import init_module
 from hymba.model.projection import RMSNorm, are_bare
 from hymba.ops.cross_entropy import linear_cross_entropy
@@ -33,11 +36,30 @@ logger = logging.get_logger(__name__)
 class HymbaDecoderLayer(GradientCheckpointingLayer, HymbaLayer):
     """A core layer that transformers can checkpoint: K/V and states are arguments, so it may run twice."""
 
+    def forward(self, x: Tensor, *inputs: Any) -> LayerOutput:
+        """Run the layer; see :meth:`hymba.model.hymba.HymbaLayer.forward`. Offloaded weights are loaded first."""
+        if not is_hooked(self.mixer.dt_norm):  # as good as any: accelerate hooks all modules that own weights
+            return super().forward(x, *inputs)
+        with loaded(*self.modules()):
+            return super().forward(x, *inputs)
+
 
 class HymbaCore(Hymba):
-    """The core model, made of layers that transformers knows how to checkpoint."""
+    """The core model, made of layers that transformers can checkpoint and accelerate can offload."""
 
     layer_class = HymbaDecoderLayer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; offloaded weights are elsewhere."""
+        return execution_device(self.final_norm) or self.final_norm.weight.device
+
+    def prefix(self, base: float | Tensor | None = None) -> Prefix:
+        """Return the meta tokens' state; see :meth:`hymba.model.Hymba.prefix`."""
+        if not is_hooked(self):
+            return super().prefix(base)
+        with loaded(self):
+            return super().prefix(base)
 
 
 # What `init_module` knows.
@@ -55,6 +77,15 @@ class HymbaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True  # "eager" and "sdpa" are both accepted: the ops choose their own kernels
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Do nothing: saving is not to copy the sources of an installed package."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Refuse paged attention; leave the rest to transformers."""
+        check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -130,9 +161,19 @@ class HymbaModel(HymbaPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Translate the arguments, run the core, translate its output."""
+        if is_hooked(self.core.final_norm):
+            prepare_dispatched(self)
+        if torch.compiler.is_compiling() and self.config.rope_type == "dynamic_ntk":
+            raise HymbaError(
+                'rope_type "dynamic_ntk" depends on lengths, which a compiled graph does not see: use "ntk"'
+            )
         steps = _steps(input_ids, inputs_embeds)
         layout = Layout.of_mask(last_columns(attention_mask, steps))
-        documents = packed_documents(position_ids, seq_idx, cu_seq_lens_q, layout, steps)
+        # A graph is traced without values, so there the positions of a call with a cache are never those of documents.
+        is_packable = not torch.compiler.is_compiling() or (past_key_values is None and not use_cache)
+        documents = packed_documents(position_ids if is_packable else None, seq_idx, cu_seq_lens_q, layout, steps)
+        if seq_idx is not None or cu_seq_lens_q is not None:
+            position_ids = None  # the documents count their own
         past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
         memory = hymba_memory(past_key_values, self.config.num_hidden_layers)
         columns = None
@@ -157,9 +198,17 @@ class HymbaModel(HymbaPreTrainedModel):
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
-        """Return the cache to use. Training or packed rows do with none unless the caller insists."""
-        if self.gradient_checkpointing and self.training:
+        """Return the cache to use. Training or packed rows do with none unless the caller insists.
+
+        Raises:
+            HymbaError: torch.export traces, and the caller insists.
+        """
+        if torch.compiler.is_exporting():
             if given is not None or use_cache:
+                raise HymbaError("an exported program takes and returns tensors only: export with use_cache=False")
+            return None
+        if self.gradient_checkpointing and self.training:
+            if (given is not None or use_cache) and not torch.compiler.is_compiling():
                 logger.warning_once("gradient checkpointing runs layers twice: no cache is used")
             return None
         if use_cache is None:
@@ -167,7 +216,7 @@ class HymbaModel(HymbaPreTrainedModel):
         return HymbaCache() if given is None and use_cache else given
 
 
-class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+class HymbaForCausalLM(UnpagedGeneration, HymbaPreTrainedModel, GenerationMixin):
     """Hymba with its language-model head.
 
     Args:
@@ -246,7 +295,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         """
         targets = options.get("shift_labels")
         if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=options.get("ignore_index", -100))
+            targets = F.pad(labels, (0, 1), value=options.get("ignore_index", -100))[:, 1:]
         if targets is None or targets.shape[1] != steps:
             return targets
         return targets[:, kept].contiguous()

@@ -79,20 +79,25 @@ class Call:
 
     def mask(self, window: int | None, num_meta: int) -> Mask:
         """Return the keyword arguments that tell the attention op what may be seen, the same for each layer."""
+        if torch.compiler.is_compiling():  # a checkpointed layer may change nothing outside itself
+            return self._mask(window, num_meta)
         if window not in self._masks:
-            keys, key_documents = self.key_positions[window], self.documents
-            if key_documents is not None:  # the meta tokens before them belong to no document
-                key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
-            self._masks[window] = {
-                "query_positions": self.query_positions,
-                "key_positions": keys,
-                "window": window,
-                "num_meta": num_meta,
-                "query_documents": self.documents,
-                "key_documents": key_documents,
-                "plan": Plan(self.pattern),
-            }
+            self._masks[window] = self._mask(window, num_meta)
         return self._masks[window]
+
+    def _mask(self, window: int | None, num_meta: int) -> Mask:
+        keys, key_documents = self.key_positions[window], self.documents
+        if key_documents is not None:  # the meta tokens before them belong to no document
+            key_documents = F.pad(key_documents, (keys.shape[1] - key_documents.shape[1], 0), value=-1)
+        return {
+            "query_positions": self.query_positions,
+            "key_positions": keys,
+            "window": window,
+            "num_meta": num_meta,
+            "query_documents": self.documents,
+            "key_documents": key_documents,
+            "plan": Plan(self.pattern),
+        }
 
 
 def split_documents(documents: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ class Hymba(nn.Module):
         where = Placement.checked(size, lengths, documents, positions)
         x = self._embed(tokens, embeddings, where.padding)
         outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        if not size.numel():
+        if 0 in size:
             return empty_output(self.config, x, cache, **outputs)
         if not self.config.dynamic_rope:
             return self._run_texts(x, cache or prefix or self.prefix(), self._meta_base, where, **outputs)
@@ -175,7 +175,7 @@ class Hymba(nn.Module):
         """Return the inputs of the first layer (B, T, D), zero at padding whatever stands there."""
         if tokens is not None:
             tokens = tokens if padding is None else tokens.masked_fill(padding, 0)
-            check_tokens(tokens, self.config.vocab_size)
+            check_tokens(tokens, self.embed_tokens.weight.shape[0])  # which may be resized
             embeddings = self.embed_tokens(tokens).to(self.dtype)
         assert embeddings is not None
         return embeddings if padding is None else embeddings.masked_fill(padding[..., None], 0)
@@ -324,10 +324,10 @@ class HybridMixer(nn.Module):
         """Return the attention branch (B, T, E), the keys and values attended to, and its matrices (B, H, T, S) when
         they are asked for. An owner's own `kv` join the stored ones first."""
         if self.is_owner:
-            k = self._rotate(self._heads(kv[0], self.config.num_key_value_heads), call)
+            k = apply_rotary(self._heads(kv[0], self.config.num_key_value_heads), *call.rotary)
             v = self._heads(kv[1], self.config.num_key_value_heads)
             keys, values = memory.extend(self.window, (keys, values), k, v, call.slots[self.window])
-        q = self._rotate(self._heads(q, self.config.num_attention_heads), call)
+        q = apply_rotary(self._heads(q, self.config.num_attention_heads), *call.rotary)
         mask = call.mask(self.window, self.config.num_meta_tokens)
         if not call.output_attentions:
             return attention(q, keys, values, **mask).flatten(2), keys, values, None
@@ -361,9 +361,6 @@ class HybridMixer(nn.Module):
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, -1))
-
-    def _rotate(self, x: Tensor, call: Call) -> Tensor:
-        return apply_rotary(x, *call.rotary)
 
 
 class CausalConv(nn.Conv1d):

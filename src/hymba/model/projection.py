@@ -109,6 +109,8 @@ def are_bare(*modules: nn.Module) -> bool:
 
 def _run(forwards: tuple[Callable, ...], modules: Iterable[nn.Module]) -> bool:
     """Return whether calling each of these modules runs one of `forwards`, unwrapped and without hooks."""
+    if torch.compiler.is_compiling():  # hooks are traced with the modules
+        return False
     return not nn.modules.module._has_any_global_hook() and all(
         type(module).forward in forwards
         and "forward" not in vars(module)

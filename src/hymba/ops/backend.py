@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from hymba.errors import HymbaError
@@ -39,7 +40,12 @@ F = TypeVar("F", bound=Callable)
 
 
 def choose(implementations: Mapping[str, F], x: Tensor) -> F:
-    """Return the implementation to run for `x`, by the backend in force and the device of `x`."""
+    """Return the implementation to run for `x`, by the backend in force and the device of `x`.
+
+    While torch.compile or torch.export trace, it is the one in torch operations, which is all they see.
+    """
+    if torch.compiler.is_compiling():
+        return implementations["cpu"]
     name = selected(implementations, x.device.type)
     return implementations[name]
 

@@ -44,7 +44,7 @@ class Graph:
 
 def is_captured(x: Tensor) -> bool:
     """Return whether what is done with `x` becomes part of a graph, whose memory must not outlive it."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def side_by_side(x: Tensor, first: Callable[[], X], second: Callable[[], Y]) -> tuple[X, Y]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.ops.attention.heads import Heads, QuantizedHeads
-from hymba.ops.attention.reference import Plan, visible
+from hymba.ops.attention.reference import Mask, Plan, visible
 
 # Queries taken together: many enough to keep the matrix units busy; in a sliding layer few enough that most of the
 # block's keys are in the window of most of its queries.
@@ -30,25 +30,37 @@ def attention(
 ) -> Tensor:
     """Fast path for :func:`hymba.ops.attention.attention`, same signature."""
     del plan
+    mask: Mask = {
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "window": window,
+        "num_meta": num_meta,
+        "query_documents": query_documents,
+        "key_documents": key_documents,
+    }
+    if torch.compiler.is_compiling():  # which keys a block needs depends on values
+        return _block(q, k, v, None, mask)
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     outputs = []
     for start in range(0, max(q.shape[1], 1), size):
         block = slice(start, start + size)
-        positions = query_positions[:, block]
-        keys = _needed_keys(positions, key_positions, window, num_meta) if q.shape[1] > 1 else None
-        seen = visible(
-            positions,
-            _take(key_positions, keys),
-            window=window,
-            num_meta=num_meta,
-            query_documents=None if query_documents is None else query_documents[:, block],
-            key_documents=None if key_documents is None else _take(key_documents, keys),
-        )
-        # What lies in empty slots may be NaN, which a mask turns into NaN and not into zero.
-        empty = _take(key_positions < 0, keys)[..., None, None]
-        own_k, own_v = (_take_heads(x, keys, q.dtype).masked_fill(empty, 0) for x in (k, v))
-        outputs.append(_fused(q[:, block], own_k, own_v, seen))
+        mask["query_positions"] = query_positions[:, block]
+        mask["query_documents"] = None if query_documents is None else query_documents[:, block]
+        needed = q.shape[1] > 1
+        keys = _needed_keys(mask["query_positions"], key_positions, window, num_meta) if needed else None
+        outputs.append(_block(q[:, block], k, v, keys, mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _block(q: Tensor, k: Heads, v: Heads, keys: Tensor | None, mask: Mask) -> Tensor:
+    """Attend to the keys named by an index, or to all of them; `mask` tells of these queries and of all keys."""
+    positions, documents = _take(mask["key_positions"], keys), mask.get("key_documents")
+    documents = None if documents is None else _take(documents, keys)
+    seen = visible(**mask | {"key_positions": positions, "key_documents": documents})
+    # What lies in empty slots may be NaN, which a mask turns into NaN and not into zero.
+    empty = (positions < 0)[..., None, None]
+    own_k, own_v = (_take_heads(x, keys, q.dtype).masked_fill(empty, 0) for x in (k, v))
+    return _fused(q, own_k, own_v, seen)
 
 
 def _take(x: Tensor, keys: Tensor | None) -> Tensor:

@@ -51,6 +51,11 @@ class QuantizedWeight:
         """The rows of the matrix."""
         return self.values.shape[0]
 
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in), of the matrix."""
+        return torch.Size((self.out_features, self.in_features))
+
     def outputs(self, start: int, stop: int) -> QuantizedWeight:
         """Return the outputs from `start` to `stop`, without a copy."""
         return QuantizedWeight(self.values[start:stop], self.scales[start:stop], self.in_features)

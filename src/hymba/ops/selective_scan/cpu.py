@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hymba.ops.selective_scan import reference
+from hymba.ops.selective_scan import operator, reference
 
 # Elements per thread of one block, (t b, N, E), and of one step in it. The backward pass works on three such
 # tensors, which should about fit a core's second-level cache; much smaller steps would be all call overhead.
@@ -42,21 +42,36 @@ def selective_scan(
     final_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast path for :func:`hymba.ops.selective_scan.selective_scan`, same signature."""
-    if not u.numel():
-        rest = {"lengths": lengths, "document_offsets": document_offsets, "final_state": final_state}
-        return reference.selective_scan(
-            u, dt, A_log, B, C, D, dt_bias=dt_bias, gate=gate, initial_state=initial_state, **rest
+    given = (u, dt, A_log, B, C, D, dt_bias, gate, initial_state, lengths, document_offsets)
+    if torch.compiler.is_compiling():
+        y, final = operator.selective_scan(*given)
+    elif not u.numel():
+        y, final = reference.selective_scan(
+            u,
+            dt,
+            A_log,
+            B,
+            C,
+            D,
+            dt_bias=dt_bias,
+            gate=gate,
+            initial_state=initial_state,
+            lengths=lengths,
+            document_offsets=document_offsets,
         )
-    valid = restarts = None
-    if lengths is not None:
-        valid = reference.valid_steps(lengths, u.shape[0], u.shape[1], u.device)
-    if document_offsets is not None:
-        restarts = document_offsets == 0 if valid is None else (document_offsets == 0) & valid
-    A = -torch.exp(A_log.to(torch.promote_types(u.dtype, torch.float32)))
-    x = _Inputs(u, dt, A, B, C, D, dt_bias, gate, initial_state, valid, restarts)
-    single = u.shape[1] == 1 and not torch.is_grad_enabled()
-    y, final = _single_step(x) if single else _Scan.apply(torch.is_grad_enabled(), *x)
+    else:
+        x = _Inputs.of(*given)
+        single = u.shape[1] == 1 and not torch.is_grad_enabled()
+        y, final = _single_step(x) if single else _Scan.apply(torch.is_grad_enabled(), *x)
     return y, final if final_state is None else final_state.copy_(final)
+
+
+def gradients(grad_y: Tensor, grad_final: Tensor, *inputs: Any) -> _Inputs:
+    """Return the gradients of `inputs`, those of the scan in their order, with that of A_log in the place of A."""
+    x, threads = _Inputs.of(*inputs), torch.get_num_threads()
+    *_, kept = _scan(x, True, threads)
+    grads = _differentiate(x, kept, threads, grad_y, grad_final)
+    return grads._replace(A=grads.A * x.A)
 
 
 class _Inputs(NamedTuple):
@@ -73,6 +88,20 @@ class _Inputs(NamedTuple):
     initial_state: Tensor | None
     valid: Tensor | None = None  # (B, T) bool, steps before the row's length
     restarts: Tensor | None = None  # (B, T) bool, valid steps that start a document
+
+    @classmethod
+    def of(
+        cls, u: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, *options: Any
+    ) -> _Inputs:
+        """Take the arguments of the scan, in their order; options are gate, initial state, lengths and offsets."""
+        gate, initial_state, lengths, document_offsets = options
+        valid = restarts = None
+        if lengths is not None:
+            valid = reference.valid_steps(lengths, u.shape[0], u.shape[1], u.device)
+        if document_offsets is not None:
+            restarts = document_offsets == 0 if valid is None else (document_offsets == 0) & valid
+        A = -torch.exp(A_log.to(torch.promote_types(u.dtype, torch.float32)))
+        return cls(u, dt, A, B, C, D, dt_bias, gate, initial_state, valid, restarts)
 
     @property
     def wide(self) -> torch.dtype:
@@ -105,19 +134,8 @@ def _single_step(x: _Inputs) -> tuple[Tensor, Tensor]:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keep: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x = _Inputs(*inputs)
-        y, final = torch.empty_like(x.u), x.u.new_empty(x.u.shape[0], *x.A.shape, dtype=x.wide)
         ctx.threads = torch.get_num_threads()  # the backward pass must cut the same blocks
-        plan, kept = _Plan(x, ctx.threads, buffers=2), []
-        for rows in plan.row_spans:
-            buffers = plan.buffers(rows)
-            state = x.initial(rows)
-            for steps in plan.step_spans:
-                panel = _Panel(x, rows, steps, plan.block_steps)
-                out, entering, state = panel.scan(state, keep, *buffers)
-                y[rows, steps] = panel.uncut(panel.read(out))
-                kept.append(entering)
-            final[rows] = state.mT
+        y, final, kept = _scan(_Inputs(*inputs), keep, ctx.threads)
         if keep:
             ctx.save_for_backward(*inputs, *kept)
         return y, final
@@ -129,18 +147,38 @@ class _Scan(torch.autograd.Function):
             len(_Inputs._fields),
             ctx.saved_tensors,
         )  # read once: a checkpoint recomputes at each reading
-        x, kept = _Inputs(*saved[:count]), list(saved[count:])
-        plan, grads = _Plan(x, ctx.threads, buffers=3), _empty_gradients(x)
-        for rows in reversed(plan.row_spans):
-            buffers = plan.buffers(rows)
-            flow = grad_final[rows].mT.clone(memory_format=torch.contiguous_format)
-            for steps in reversed(plan.step_spans):
-                panel = _Panel(x, rows, steps, plan.block_steps)
-                part = panel.differentiate(grad_y[rows, steps], flow, kept.pop(), *buffers)
-                _add(grads, part, panel, rows, steps)
-            if grads.initial_state is not None:
-                grads.initial_state[rows] += flow.mT
-        return None, *grads
+        return None, *_differentiate(_Inputs(*saved[:count]), list(saved[count:]), ctx.threads, grad_y, grad_final)
+
+
+def _scan(x: _Inputs, keep: bool, threads: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return y, the final state, and the states that enter each block, which are worth keeping only if `keep`."""
+    y, final = torch.empty_like(x.u), x.u.new_empty(x.u.shape[0], *x.A.shape, dtype=x.wide)
+    plan, kept = _Plan(x, threads, buffers=2), []
+    for rows in plan.row_spans:
+        buffers = plan.buffers(rows)
+        state = x.initial(rows)
+        for steps in plan.step_spans:
+            panel = _Panel(x, rows, steps, plan.block_steps)
+            out, entering, state = panel.scan(state, keep, *buffers)
+            y[rows, steps] = panel.uncut(panel.read(out))
+            kept.append(entering)
+        final[rows] = state.mT
+    return y, final, kept
+
+
+def _differentiate(x: _Inputs, kept: list[Tensor], threads: int, grad_y: Tensor, grad_final: Tensor) -> _Inputs:
+    """Return the gradients of all inputs, given what :func:`_scan` kept with as many `threads`."""
+    plan, grads = _Plan(x, threads, buffers=3), _empty_gradients(x)
+    for rows in reversed(plan.row_spans):
+        buffers = plan.buffers(rows)
+        flow = grad_final[rows].mT.clone(memory_format=torch.contiguous_format)
+        for steps in reversed(plan.step_spans):
+            panel = _Panel(x, rows, steps, plan.block_steps)
+            part = panel.differentiate(grad_y[rows, steps], flow, kept.pop(), *buffers)
+            _add(grads, part, panel, rows, steps)
+        if grads.initial_state is not None:
+            grads.initial_state[rows] += flow.mT
+    return grads
 
 
 class _Plan:
