@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` when the block ends well, remove it when it fails.
 
     The content is on the disk before the rename: after a power loss `path` is the old file or the new one, never
-    a part. Whoever wrote the file, it ends with the permissions of any new file.
+    a part. It has the permissions of any new file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,19 +58,26 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(new_file_mode())
         sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def replace_directory(partial: Path, directory: Path) -> None:
-    """Rename the finished directory `partial` to `directory`, which it replaces, with its content on the disk first."""
+    """Rename the finished directory `partial` to `directory`, which it replaces, with its content on the disk first.
+
+    The old directory is removed last: until then it is there under one name or another.
+    """
     for root, _, names in os.walk(partial):
         for name in names:
             sync(Path(root, name))
         sync(Path(root))
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        directory.rename(old)
     partial.rename(directory)
     sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

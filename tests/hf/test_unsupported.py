@@ -69,7 +69,7 @@ def test_offloaded_caches(model: HymbaForCausalLM, kind: str) -> None:
         model.generate(IDS, max_new_tokens=4, cache_implementation=kind)
 
 
-def test_layer_types_are_told_but_not_written(model: HymbaForCausalLM) -> None:
+def test_layer_types_are_an_attribute_and_not_in_the_file(model: HymbaForCausalLM) -> None:
     config = model.config
     assert config.layer_types == ["hybrid"] * config.num_hidden_layers
     assert "layer_types" not in config.to_dict()

@@ -50,7 +50,7 @@ def text() -> Tensor:
 
 @torch.no_grad()
 def run(model: Hymba, tokens: Tensor, cuts: list[int], bits: int | None) -> tuple[Tensor, Cache]:
-    """Run a row in pieces that end at `cuts`; return the logits behind every token, and the cache."""
+    """Run a row in pieces that end at `cuts`; return the logits of every token, and the cache."""
     cache = model.allocate_cache(1, LENGTH, bits)
     pieces = [tokens[:, first:last] for first, last in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True)]
     return torch.cat([model.logits(model(piece, cache=cache).hidden) for piece in pieces], dim=1), cache

@@ -1,4 +1,4 @@
-"""What may change between two sittings of a run, and what is refused."""
+"""What may change when a run is resumed, and what is refused."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from hymba.training.journal import read_log
 
 
 @pytest.fixture
-def begun(recipe: Recipe, books: Path, tmp_path: Path) -> Path:
+def started(recipe: Recipe, books: Path, tmp_path: Path) -> Path:
     """A run that has come to its first checkpoint."""
     out = tmp_path / "out"
     pretrain(recipe, [books], out)
@@ -39,20 +39,20 @@ def refused(recipe: Recipe, data: list[Path], out: Path, reason: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_another_recipe_or_other_data_is_refused(recipe: Recipe, books: Path, begun: Path) -> None:
+def test_another_recipe_or_other_data_is_refused(recipe: Recipe, books: Path, started: Path) -> None:
     (books / "cats.txt").write_text("Changed.")
-    refused(replace(recipe, peak_lr=2e-2, save_every=3), [books], begun, "data, peak_lr")
+    refused(replace(recipe, peak_lr=2e-2, save_every=3), [books], started, "data, peak_lr")
 
 
-def test_other_data_of_the_same_size_name_and_time_is_refused(recipe: Recipe, books: Path, begun: Path) -> None:
+def test_other_data_of_the_same_size_name_and_time_is_refused(recipe: Recipe, books: Path, started: Path) -> None:
     for name, reason in (("cats.txt", "data"), ("dogs.txt", "held_out")):
         path = books / name
         text, times = path.read_text(encoding="utf-8"), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
         path.write_text(text[::-1], encoding="utf-8")
         os.utime(path, ns=times)
-        refused(recipe, [books], begun, reason)
+        refused(recipe, [books], started, reason)
         path.write_text(text, encoding="utf-8")
-    assert pretrain(recipe, [books], begun)["steps"] == 8
+    assert pretrain(recipe, [books], started)["steps"] == 8
 
 
 def test_the_same_data_elsewhere_is_the_same_data(
@@ -71,11 +71,11 @@ def test_the_same_data_elsewhere_is_the_same_data(
     assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == expected
 
 
-def test_a_run_without_its_description_is_refused(recipe: Recipe, books: Path, begun: Path) -> None:
+def test_a_run_without_its_description_is_refused(recipe: Recipe, books: Path, started: Path) -> None:
     for content in (b"", b"{", b"[]", b"\xff"):
-        (begun / "run.json").write_bytes(content)
+        (started / "run.json").write_bytes(content)
         with pytest.raises(HymbaError, match=r"run.json is missing or damaged: choose another --out, or delete"):
-            pretrain(recipe, [books], begun)
+            pretrain(recipe, [books], started)
 
 
 def test_a_finished_run_is_no_other_run(recipe: Recipe, books: Path, tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_the_same_tokenizer_elsewhere_is_the_same_tokenizer(
 
 
 def test_a_checkpoint_of_another_run_is_refused(
-    recipe: Recipe, micro: dict[str, Any], books: Path, begun: Path, tmp_path: Path
+    recipe: Recipe, micro: dict[str, Any], books: Path, started: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     pretrain(Recipe(**micro | {"model": micro["model"] | {"d_state": 8}}), [books], other)
-    shutil.copytree(other / "checkpoint-8", begun / "checkpoint-8")
+    shutil.copytree(other / "checkpoint-8", started / "checkpoint-8")
     with pytest.raises(HymbaError, match=r"checkpoint-8 is of a different model: its d_state is 8, not 4"):
-        pretrain(recipe, [books], begun)
+        pretrain(recipe, [books], started)
 
 
 def test_a_new_tokenizer_is_trained_when_data_changed_before_any_checkpoint(
@@ -156,14 +156,14 @@ def test_a_new_tokenizer_is_trained_when_data_changed_before_any_checkpoint(
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"null\n3\n", b'{"step": 1}\n'])
-def test_a_damaged_log_is_started_anew(recipe: Recipe, books: Path, begun: Path, content: bytes) -> None:
-    (begun / "log.jsonl").write_bytes(content)
-    pretrain(recipe, [books], begun)
-    assert [line["step"] for line in read_log(begun / "log.jsonl")] == [8, 8]
+def test_a_damaged_log_is_started_anew(recipe: Recipe, books: Path, started: Path, content: bytes) -> None:
+    (started / "log.jsonl").write_bytes(content)
+    pretrain(recipe, [books], started)
+    assert [line["step"] for line in read_log(started / "log.jsonl")] == [8, 8]
 
 
-def test_a_run_that_knows_no_digests_goes_on(recipe: Recipe, books: Path, begun: Path) -> None:
-    run = json.loads((begun / "run.json").read_text())
+def test_a_run_without_digests_is_resumed(recipe: Recipe, books: Path, started: Path) -> None:
+    run = json.loads((started / "run.json").read_text())
     del run["digests"]
-    (begun / "run.json").write_text(json.dumps(run))
-    pretrain(recipe, [books], begun)
+    (started / "run.json").write_text(json.dumps(run))
+    pretrain(recipe, [books], started)

@@ -14,10 +14,10 @@ from hymba.hf.remote_code import write_remote_code
 from hymba.model import HymbaConfig as CoreConfig
 
 # Keys that stay in the file and are no attributes. By `output_router_logits` and its kin others take a model for a
-# mixture of experts; `rope_scaling` and `head_dim` are read-only here.
+# mixture of experts; `rope_scaling`, `head_dim` and `layer_types` are read-only here.
 _FILE_ONLY = (
     *("num_experts", "num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"),
-    *("router_jitter_noise", "rope_scaling", "head_dim"),
+    *("router_jitter_noise", "rope_scaling", "head_dim", "layer_types"),
 )
 
 

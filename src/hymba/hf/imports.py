@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.abc
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -11,16 +12,26 @@ from typing import Any
 
 
 def after_import(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Call `action` with the module `name`: now if it is imported already, else when it is, if ever."""
+    """Call `action` with the module `name`: now if it is imported already, else when it is, if ever.
+
+    A failure of `action`, as with another version of that package, is logged, and the import succeeds.
+    """
     module = sys.modules.get(name)
     if module is not None:
-        action(module)
+        _apply(action, module)
     else:
         sys.meta_path.insert(0, _AfterImport(name, action))
 
 
+def _apply(action: Callable[[ModuleType], None], module: ModuleType) -> None:
+    try:
+        action(module)
+    except Exception as error:
+        logging.getLogger("hymba").warning("cannot adapt %s to Hymba models: %s", module.__name__, error)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds a module by the finders behind it, and adds an action to its loading."""
+    """Finds a module by the finders after it, and adds an action to its loading."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name, self.action = name, action
@@ -29,8 +40,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         """Return the spec of the one module, its loader changed, and None for any other."""
         if name != self.name or self not in sys.meta_path:
             return None
-        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(name, path, target) for finder in behind)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
@@ -40,7 +51,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                    self.action(module)
+                    _apply(self.action, module)
 
             loader.exec_module = exec_module
         return spec

@@ -29,7 +29,9 @@ _KEYS = ("rank_pattern", "alpha_pattern")
 def install() -> None:
     """Patch PEFT and the Trainer, now or when they are imported."""
     after_import("peft.utils.transformers_weight_conversion", _patch_adapter_configs)
-    after_import("peft.peft_model", _patch_adapter_weights)
+    # Each of these has the function under its name, by import.
+    for name in ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft"):
+        after_import(name, _patch_adapter_weights)
     after_import("transformers.trainer", _patch_weight_decay)
     # The Trainer has imported the function by its name.
     after_import("transformers.trainer_utils", _patch_shards)
@@ -83,6 +85,8 @@ def _patch_adapter_configs(module: ModuleType) -> None:
 
 def _patch_adapter_weights(module: ModuleType) -> None:
     load = module.set_peft_model_state_dict
+    if hasattr(load, "__wrapped__"):
+        return
 
     @wraps(load)
     def load_released_names_too(model: Any, peft_model_state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

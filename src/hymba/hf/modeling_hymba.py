@@ -67,7 +67,7 @@ _CORE_MODULES = (Hymba, HybridMixer, RMSNorm, nn.Linear, nn.Embedding, nn.Conv1d
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
-    """What all models share: loading, initialisation, and what transformers may assume."""
+    """What all models share: loading, initialization, and what transformers may assume."""
 
     config_class = HymbaConfig
     base_model_prefix = "model"

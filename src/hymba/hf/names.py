@@ -43,7 +43,7 @@ def _any_of(names: dict[str, str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
 
-# A name begins at the start or behind a dot, and ends before a dot or at the end.
+# A name begins at the start or after a dot, and ends before a dot or at the end.
 _RELEASED = re.compile(
     rf"(?<![^.])(?<!{CORE}\.)(?:layers\.(?P<layer>\d+)\.(?P<inside>{_any_of(_IN_LAYER)})|(?P<outside>{_any_of(_OUTSIDE)}))"
     r"(?![^.])"
@@ -75,7 +75,7 @@ def renamings() -> list[WeightRenaming]:
 
 
 def translate_name(name: str) -> str:
-    """Return our name of a tensor or module under its released name, whatever stands before and behind; else `name`."""
+    """Return our name of a tensor or module under its released name, whatever precedes and follows it; else `name`."""
 
     def ours(match: re.Match[str]) -> str:
         if match["outside"]:
@@ -106,7 +106,7 @@ def translate_ending(ending: str) -> str:
 
 
 def translate_state_dict(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str) -> None:
-    """Rename in place what `state_dict` holds for `module` behind `prefix`, to the names that the module has.
+    """Rename in place what `state_dict` holds for `module` under `prefix`, to the names that the module has.
 
     Names that the module has already, and names that it has not in either form, stay. Parts that wrappers insert
     are inserted, a base model's tensors load into a model with a head and the reverse, and a tensor that the module

@@ -15,7 +15,7 @@ _NO_PAGES = (
 
 
 class ContinuousBatchingError(HymbaError, AttributeError):
-    """Continuous batching is asked for, which a Hymba does not have."""
+    """Raised for continuous batching, which a Hymba does not support."""
 
 
 def check_attention(implementation: str | None) -> None:

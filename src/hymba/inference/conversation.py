@@ -20,7 +20,7 @@ class Conversation:
     """Questions and answers under the checkpoint's chat template.
 
     A recurrent state cannot be cropped, so what the model wrote stays in the cache as it wrote it. A new turn
-    adds what the template puts behind the answer, less what the model has already written of it. The model's weights
+    adds what the template puts after the answer, less what the model has already written of it. The model's weights
     must not change meanwhile.
 
     Args:

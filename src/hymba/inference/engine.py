@@ -2,9 +2,10 @@
 
 A step reads a piece of a prompt, then adds a token to every text that runs. What each text becomes is what
 :func:`hymba.inference.generate` makes of it alone, a function of weights, prompt, parameters and seed: a row sees
-nothing of the others, a seed's draws do not depend on them, and what is computed for a token is the same bit for bit in
-any batch and any piece of a prompt. Where the arithmetic is not batch-invariant, prompts are cut at fixed places
-(:func:`hymba.inference.generate.prefill_block`), only what prompts left there is used again, and nothing is drafted.
+nothing of the others, a seed's draws do not depend on them, and with batch-invariant arithmetic what is computed for a
+token is the same bit for bit in any batch and any piece of a prompt. Elsewhere on a CPU, prompts are cut at fixed
+places (:func:`hymba.inference.prefill.prefill_block`), only snapshots that prefill took there are reused, and nothing
+is drafted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from hymba.errors import HymbaError
 from hymba.inference.bounds import EngineDeadError, EngineOptions, EngineStats, PromptTooLongError, QueueFullError
 from hymba.inference.generate import end_ids
-from hymba.inference.prefill import PREFILL_CHUNK, prefill_block
+from hymba.inference.prefill import is_batch_invariant, prefill_block, prefill_chunk
 from hymba.inference.prefix_cache import PrefixCache
 from hymba.inference.runner import DRAFTED, Runner
 from hymba.inference.sampling import Choice, sample
@@ -61,9 +62,9 @@ class Engine:
         self._scheduler = Scheduler(self._runner)
         self._cache_bytes, kept = self._runner.cache.nbytes(), options.prefix_cache_bytes
         self._prefixes = PrefixCache(2 * self._cache_bytes if kept is None else kept)
-        self._pace = Pace(options.prefill_tokens or PREFILL_CHUNK)
+        self._pace = Pace(options.prefill_tokens or prefill_chunk(model))
         self._block = prefill_block(model)
-        self._speculates = self._block == 1 if options.speculate is None else options.speculate
+        self._speculates = is_batch_invariant(model) if options.speculate is None else options.speculate
         self._drafters: dict[Sequence, Drafter] = {}
         self._marks: dict[Sequence, int] = {}  # where a prompt leaves those before it
         self._counts, self._finished = EngineStats(), Counter[str]()

@@ -11,6 +11,7 @@ from torch import Tensor
 from hymba.model import Cache, Hymba
 from hymba.ops import gpu, native
 from hymba.ops.attention import IMPLEMENTATIONS, blocks
+from hymba.ops.attention.native import MOST_POSITIONS
 from hymba.ops.backend import selected
 from hymba.ops.graph import Graph
 from hymba.ops.recording import Recording
@@ -41,8 +42,10 @@ class DecodeStep:
         fixed, on_cpu = model.config.rope_type != "dynamic_ntk", cache.lengths.is_cpu
         in_triton = selected(IMPLEMENTATIONS, cache.lengths.device.type) == "triton"
         self._captures = fixed and in_triton and not on_cpu and not gpu.why_unfit(cache.conv_state)
-        # With other kernels, attention of several queries looks at their positions in Python.
-        takes_steps = steps == 1 or blocks.fits(torch.empty(1, steps, dtype=model.dtype))
+        # Torch's attention of several queries looks at their positions in Python.
+        in_blocks = blocks.fits(torch.empty(1, steps, dtype=model.dtype))
+        takes_steps = steps == 1 or in_blocks or native.is_batch_invariant(model.dtype, quantized=False)
+        takes_steps &= cache.max_length + model.config.num_meta_tokens <= MOST_POSITIONS
         self._records = fixed and on_cpu and not in_triton and native.library() is not None and takes_steps
 
     @torch.no_grad()
@@ -97,5 +100,5 @@ class DecodeStep:
 
     def _run(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         hidden = self.model(tokens, cache=self.cache, lengths=lengths).hidden
-        hidden = hidden if self.steps > 1 else hidden[:, -1]
-        return self.model.logits(hidden) if self.head else hidden
+        out = self.model.logits(hidden) if self.head else hidden
+        return out if self.steps > 1 else out[:, 0]

@@ -140,7 +140,7 @@ class Hymba(nn.Module):
     def prefix(self, base: float | Tensor | None = None) -> Prefix:
         """Run the meta tokens and return the state they leave, where every sequence starts; differentiable.
 
-        Nothing is kept from call to call: weights change in ways that a module is not told of (fused optimizers,
+        Nothing is kept from call to call: weights change in ways that a module cannot see (fused optimizers,
         `p.data`, adapters, hooks). Callers whose weights are frozen keep what this returns and pass it on.
 
         Args:

@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba.errors import HymbaError
 from hymba.ops import native
 
 _NEW_MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _UNREPEATABLE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class _Active(threading.local):
+    """Whether a recording is made in this thread."""
+
+    now = False
+
+
+_active = _Active()
 
 
 class Recording(TorchDispatchMode):
@@ -46,11 +56,13 @@ class Recording(TorchDispatchMode):
 
     def __enter__(self) -> Recording:
         native.listen(self._add)
+        _active.now = True
         super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         native.listen(None)
+        _active.now = False
         super().__exit__(*raised)
 
     def replay(self) -> None:
@@ -79,7 +91,7 @@ class Recording(TorchDispatchMode):
 
 def is_recorded() -> bool:
     """Return whether a :class:`Recording` is active: values must then not be read into Python."""
-    return any(isinstance(mode, Recording) for mode in _get_current_dispatch_mode_stack())
+    return _active.now
 
 
 @functools.cache

@@ -84,11 +84,11 @@ def _with_notes(encoded: list[list[int]], notes: list[tuple[int, bool]]) -> Iter
 
 
 class _PieceEncoder:
-    """Cuts texts into pieces and encodes a piece as it would be encoded behind the one before it."""
+    """Cuts texts into pieces and encodes a piece as it would be encoded after the one before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # SentencePiece puts a space before every text. Behind a newline that is dropped again it adds none.
+        # SentencePiece puts a space before every text. After a newline that is dropped again it adds none.
         word, twice = self._call(["x", "x x"])
         self.lead = "\n" if twice == word * 2 else ""
         self.lead_length = len(self._call([self.lead])[0]) if self.lead else 0

@@ -23,7 +23,7 @@ from hymba.model import HymbaConfig as CoreConfig
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"  # SHA-256 of every other file
 STATE = "trainer_state.json"
-PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+PICKLED = ("optimizer.pt", "scheduler.pt")
 KEPT = 2
 
 
@@ -92,7 +92,8 @@ def find_problem(checkpoint: Path) -> str | None:
     Its files must be there, be what was written, load without running code, and hold finite numbers.
     """
     weights = sorted(file.name for file in checkpoint.glob("*.safetensors")) or ["model.safetensors"]
-    checks = dict.fromkeys([*PICKLED, *weights], _check_tensors)
+    generators = sorted(file.name for file in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]  # one a process
+    checks = dict.fromkeys([*PICKLED, *generators, *weights], _check_tensors)
     for name, check in (_READABLE | checks).items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"

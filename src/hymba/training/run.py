@@ -1,4 +1,4 @@
-"""The directory of a run: which recipe and data it belongs to, and what may change between two sittings."""
+"""The directory of a run: which recipe and data it belongs to, and what may change when it is resumed."""
 
 from __future__ import annotations
 

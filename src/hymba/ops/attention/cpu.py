@@ -53,13 +53,15 @@ def attention(
 
 
 def _block(q: Tensor, k: Heads, v: Heads, keys: Tensor | None, mask: Mask) -> Tensor:
-    """Attend to the keys named by an index, or to all of them; `mask` tells of these queries and of all keys."""
+    """Attend to the keys named by an index, or to all of them; `mask` is for these queries and for all keys."""
     positions, documents = _take(mask["key_positions"], keys), mask.get("key_documents")
     documents = None if documents is None else _take(documents, keys)
     seen = visible(**mask | {"key_positions": positions, "key_documents": documents})
     # What lies in empty slots may be NaN, which a mask turns into NaN and not into zero.
+    own_k, own_v = _take_heads(k, keys, q.dtype), _take_heads(v, keys, q.dtype)
     empty = (positions < 0)[..., None, None]
-    own_k, own_v = (_take_heads(x, keys, q.dtype).masked_fill(empty, 0) for x in (k, v))
+    if torch.compiler.is_compiling() or bool(empty.any()):
+        own_k, own_v = own_k.masked_fill(empty, 0), own_v.masked_fill(empty, 0)
     return _fused(q, own_k, own_v, seen)
 
 

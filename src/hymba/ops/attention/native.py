@@ -16,6 +16,7 @@ from hymba.ops.attention import blocks, cpu
 from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask
 
+MOST_POSITIONS = 1 << 22  # of a text, as in cpu.cpp
 _NO_WINDOW = torch.iinfo(torch.int64).max
 _ATTENTION = struct.Struct("30q")  # `struct Attention` of parts.h; a ctypes.Structure takes three times as long to fill
 
@@ -23,14 +24,15 @@ _ATTENTION = struct.Struct("30q")  # `struct Attention` of parts.h; a ctypes.Str
 def attention(q: Tensor, k: Heads, v: Heads, **mask: Unpack[Mask]) -> Tensor:
     """C++ path for :func:`hymba.ops.attention.attention`, same signature.
 
-    Without matrix units, where neither a gradient nor documents are asked for, an output depends bit for bit on its
+    Without matrix units, without gradients and documents, an output depends bit for bit on its
     query and on the keys and values it sees alone, however many queries the call has.
     """
     if _unfit(q, k, v):
         return cpu.attention(q, k, v, **mask)
     in_blocks = blocks.fits(q)
     packed, gradient = mask.get("query_documents") is not None, _wants_gradient(q, k, v)
-    if not packed and not gradient and (q.shape[1] == 1 or not in_blocks):
+    takes_many = not in_blocks and native.level() != "portable"
+    if not packed and not gradient and (q.shape[1] == 1 or takes_many):
         out = _attend(q, k, v, mask)
         if out is not None:
             return out

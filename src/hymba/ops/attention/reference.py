@@ -61,7 +61,7 @@ def visible(
 def attention_weights(q: Tensor, k: Heads, seen: Tensor) -> Tensor:
     """Return the attention matrices (B, H, T, S) in at least float32; rows that see nothing are zero.
 
-    Queries that see nothing and keys that nobody sees have no effect, not even as NaN.
+    Queries that see nothing and keys that no query sees have no effect, not even as NaN.
     """
     wide = accumulate_dtype(q)
     queries = (q.to(wide) * q.shape[-1] ** -0.5).masked_fill(~seen.any(2)[..., None, None], 0)

@@ -39,7 +39,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         shapes = ", ".join(str(tuple(v.shape)) for v in (x, weight, targets))
         raise HymbaError(f"linear_cross_entropy: hidden states, head and targets do not fit together: {shapes}")
     if targets.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in targets.aminmax())
+        low, high = torch.stack(targets.aminmax()).tolist()  # one wait for the device
         if high >= weight.shape[0]:
             raise HymbaError(f"a target is {high}, the vocabulary has {weight.shape[0]} tokens")
         if low < 0:  # hidden states without a loss reach no gradient, not even as NaN

@@ -119,7 +119,7 @@ def _bound(weights, width, state, CHUNK: tl.constexpr):
 
 @triton.jit
 def _next(bounds, width, after, limit, CHUNK: tl.constexpr):
-    """Return the first id behind `after` whose bound is at most `limit`, or the width."""
+    """Return the first id after `after` whose bound is at most `limit`, or the width."""
     found = tl.full((CHUNK,), 0, tl.int32) + width
     for start in range(0, width, CHUNK):
         ids, bound = _chunk(bounds, start, width, float("inf"), CHUNK)

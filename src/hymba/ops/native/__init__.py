@@ -78,13 +78,14 @@ def is_batch_invariant(dtype: torch.dtype, quantized: bool) -> bool:
     """Return whether a token's result is the same bit for bit however many tokens are computed with it.
 
     It is with kernels that sum in one order for every size, as all of ours do that work with vectors. On a processor
-    with matrix units (AMX), bfloat16 and quantized weights are multiplied by torch, whose order depends on the size.
+    with matrix units (AMX), prompts in bfloat16 or with quantized weights are multiplied by torch, whose order depends
+    on the size, and so are all prompts where kernels are portable, which would be too slow for many tokens.
 
     Args:
         dtype: of the activations.
         quantized: whether weights have 8 or 4 bits.
     """
-    if library() is None or dtype not in DTYPES[:2]:
+    if library() is None or level() == "portable" or dtype not in DTYPES[:2]:
         return False
     return (dtype == torch.float32 and not quantized) or not has_matrix_units()
 
