@@ -117,6 +117,21 @@ def test_padding_and_other_rows_change_nothing_in_prefill(name):
         assert torch.equal(logits[row, :length], whole(name, row, None)[0][0, :length])
 
 
+@pytest.mark.parametrize("level", native.available())
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_many_rows_are_decoded_alike_at_every_level(name, level):
+    model, steps, rows = model_in(name), 4, 40
+    tokens = text().repeat(rows // 8, 1)[:, :steps]
+    with native.use_level(level):
+        alone, together = model.allocate_cache(1, steps), model.allocate_cache(rows, steps)
+        single, several = DecodeStep(model, alone), DecodeStep(model, together)
+        for i in range(steps):
+            wanted, logits = single(tokens[3:4, i]), several(tokens[:, i])
+            assert torch.equal(logits[3], wanted[0])
+            assert torch.equal(logits[rows - 5], wanted[0])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
 def test_threads_change_nothing(name):

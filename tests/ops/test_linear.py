@@ -24,12 +24,19 @@ from hymba.ops.linear import (
 )
 
 LEVELS = kernels.available()
-KINDS = [(16, torch.bfloat16), (8, torch.bfloat16), (8, torch.float32), (4, torch.bfloat16), (4, torch.float32)]
+KINDS = [
+    (32, torch.float32),
+    (16, torch.bfloat16),
+    (8, torch.bfloat16),
+    (8, torch.float32),
+    (4, torch.bfloat16),
+    (4, torch.float32),
+]
 SHAPES = [
     *[(1, 1), (3, 5), (31, 2), (63, 33), (64, 4), (65, 31), (100, 67), (127, 40), (129, 32), (192, 64)],
     *[(1600, 37), (4480, 33), (8300, 5), (8300, 34)],
 ]
-ROUND = {16: Tensor.bfloat16, 8: round_to_int8, 4: round_to_int4}
+ROUND = {32: Tensor.float, 16: Tensor.bfloat16, 8: round_to_int8, 4: round_to_int4}
 
 
 def problem(seed: int, rows: int, inputs: int, outputs: int, bits: int) -> tuple[Tensor, Tensor | QuantizedWeight]:
@@ -87,6 +94,21 @@ def test_a_batch_equals_its_rows_and_threads_change_nothing(level, bits, dtype):
                     assert torch.equal(native.linear(x[:rows], weight), alone[:rows])
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("bits", "dtype"), KINDS)
+@pytest.mark.parametrize("inputs", [70, 2100, 5504])
+def test_many_rows_equal_few(level, bits, dtype, inputs):
+    """Tiles, stretches of weights and blocks of rows and inputs change nothing."""
+    x, weight = problem(5, 803, inputs, 37, bits)
+    x = x.to(dtype)
+    with kernels.use_level(level):
+        if not kernels.is_batch_invariant(dtype, bits < 16):
+            pytest.skip("torch multiplies many rows here")
+        many = native.linear(x, weight)
+        for first, last in ((0, 1), (5, 7), (400, 416), (760, 803)):
+            assert torch.equal(native.linear(x[first:last], weight), many[first:last])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -128,3 +128,41 @@ def test_what_has_no_kernel_goes_to_torch():
     documents = torch.zeros_like(positions["query_positions"]), torch.zeros_like(positions["key_positions"])
     packed = native.attention(q, k, v, **mask, query_documents=documents[0], key_documents=documents[1])
     torch.testing.assert_close(packed, wanted)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 200])
+@pytest.mark.parametrize(("heads", "groups", "widths"), [(25, 5, (64, 128)), (6, 3, (20, 10)), (7, 1, (64, 32))])
+def test_many_queries_equal_each_alone_and_the_reference(level, dtype, window, heads, groups, widths, poisoned):
+    """Keys in any order, some slots empty, some queries padding."""
+    g, steps, slots = torch.Generator().manual_seed(6), 75, 300
+    q = torch.randn(2, steps, heads, widths[0], generator=g).to(dtype)
+    k, v = (torch.randn(2, slots, groups, width, generator=g).to(dtype) for width in widths)
+    order = torch.stack([torch.randperm(slots, generator=g) for _ in range(2)])
+    queries = torch.stack([torch.arange(200, 200 + steps), torch.arange(100, 100 + steps)])
+    queries[1, 60:] = -1
+    mask = {"key_positions": torch.where(order < 280, order, -1), "window": window, "num_meta": 4}
+    with kernels.use_level(level):
+        if level == "portable" or (dtype == torch.bfloat16 and kernels.has_matrix_units()):
+            pytest.skip("other kernels serve many queries here")
+        out = native.attention(q, k, v, query_positions=queries, **mask)
+        for t in (0, 7, 8, 74):
+            alone = native.attention(q[:, t : t + 1], k, v, query_positions=queries[:, t : t + 1], **mask)
+            assert torch.equal(alone, out[:, t : t + 1])
+    wide = reference.attention(q.double(), k.double(), v.double(), query_positions=queries, **mask)
+    assert not out[1, 60:].any()
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(out.double(), wide, atol=tolerance, rtol=torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("positions", [[[3, 3, 1]], [[0, 1, 1 << 50]]])
+def test_positions_that_the_kernel_does_not_serve_go_to_torch(level, positions):
+    """Two keys at one position, or one far away."""
+    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 3, 1, 8), torch.randn(1, 3, 1, 8)
+    keys = torch.tensor(positions)
+    mask = {"query_positions": keys.amax(1, keepdim=True), "key_positions": keys, "window": None, "num_meta": 0}
+    with kernels.use_level(level):
+        out = native.attention(q, k, v, **mask)
+    torch.testing.assert_close(out, reference.attention(q, k, v, **mask))

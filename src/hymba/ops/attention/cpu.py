@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hymba.ops.attention.heads import Heads, QuantizedHeads
 from hymba.ops.attention.reference import Mask, Plan, visible
+from hymba.ops.recording import is_recorded
 
 # Queries taken together: many enough to keep the matrix units busy; in a sliding layer few enough that most of the
 # block's keys are in the window of most of its queries.
@@ -60,7 +61,7 @@ def _block(q: Tensor, k: Heads, v: Heads, keys: Tensor | None, mask: Mask) -> Te
     # What lies in empty slots may be NaN, which a mask turns into NaN and not into zero.
     own_k, own_v = _take_heads(k, keys, q.dtype), _take_heads(v, keys, q.dtype)
     empty = (positions < 0)[..., None, None]
-    if torch.compiler.is_compiling() or bool(empty.any()):
+    if torch.compiler.is_compiling() or is_recorded() or bool(empty.any()):
         own_k, own_v = own_k.masked_fill(empty, 0), own_v.masked_fill(empty, 0)
     return _fused(q, own_k, own_v, seen)
 

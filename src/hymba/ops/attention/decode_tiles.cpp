@@ -48,7 +48,7 @@ struct Decoder {
     void run() const {
         Scratch<int64_t> tasks(d.rows * segments), starts(d.rows + 1);
         const int64_t count = list_tasks(tasks, starts), stride = d.heads * result;
-        const int64_t runs = d.threads < count ? d.threads : count;  // of neighbouring segments, so that memory streams
+        const int64_t runs = d.threads < count ? d.threads : count;  // of neighboring segments, so that memory streams
         Scratch<float> results(count * stride);
         parallel_for(runs, static_cast<int>(runs), [&](int64_t i) {
             const int64_t first = count * i / runs, last = count * (i + 1) / runs;
@@ -95,11 +95,11 @@ struct Decoder {
 
     int64_t part_slots(int64_t part) const { return (part + 1) * PART < d.slots ? PART : d.slots - part * PART; }
 
-    // Writes the `result` of every head for each of neighbouring segments.
+    // Writes the `result` of every head for each of neighboring segments.
     void attend_run(const int64_t* tasks, int64_t count, float* to) const {
-        const int64_t row = tasks[count - 1] / segments, behind = (tasks[count - 1] % segments + 1) * SEGMENT;
+        const int64_t row = tasks[count - 1] / segments, end = (tasks[count - 1] % segments + 1) * SEGMENT;
         Scratch<uint32_t> queries(d.groups * d.key_width / 2 * 16);
-        Run run{row * parts + (behind < parts ? behind : parts), queries};
+        Run run{row * parts + (end < parts ? end : parts), queries};
         tiles::configure(shared);
         for (int64_t i = 0; i < count; ++i) attend_segment(tasks[i], run, to + i * d.heads * result);
         tiles::release();
@@ -130,7 +130,7 @@ struct Decoder {
 
     // ---- A part, over all slots; those that are not seen weigh nothing and their values are not read ----
 
-    // The keys or values of the first part behind `part` of all rows in which something is seen, in so many steps.
+    // The keys or values of the first part after `part` of all rows in which something is seen, in so many steps.
     Ahead ahead(const void* from, int64_t row_stride, int64_t stride, int64_t width, int64_t part, const Run& run,
                 int64_t steps) const {
         do ++part;
@@ -242,7 +242,7 @@ struct Decoder {
         }
     }
 
-    // Writes the weighed sums of all heads, and calls for what comes next meanwhile. Columns are paired one step before
+    // Writes the weighted sums of all heads, and prefetches what comes next meanwhile. Columns are paired one step before
     // they are multiplied: the unit reads from the cache, not from what is on its way there.
     template <bool ALL>
     void weigh_tiles(int64_t row, int64_t part, const bf16* halves, Ahead next, float* sums) const {
@@ -280,7 +280,7 @@ bool decode(const Attention& d) {
 }  // namespace
 #endif
 
-bool hymba::decode_with_tiles(const Attention& d) {
+bool hymba::decode_with_tiles([[maybe_unused]] const Attention& d) {
 #if defined(HYMBA_AMX)
     if (d.steps == 1 && d.dtype == 1) return d.k_scales ? decode<int8_t>(d) : decode<bf16>(d);
 #endif

@@ -159,19 +159,26 @@ struct Row {
                 sums[found[j]] += weights[i + j];
             }
         }
+        const bool ranked = top_k < width;  // else the last bucket, often the largest, need not be sorted
         double total = 0;
-        int64_t behind = 0;  // tokens in the buckets before that of rank top_k
+        int64_t before = 0;  // tokens in the buckets before that of rank top_k
         int last = 0;
-        while (last < BUCKETS - 1 && behind + tokens[last] < top_k) total += sums[last], behind += tokens[last++];
-        int64_t count = gather(last, steepness, ids);
-        if (top_k - behind < count) count = top_k - behind;
-        for (int64_t j = 0; j < count; ++j) total += weights[ids[j]];
+        while (last < BUCKETS - 1 && (!ranked || before + tokens[last] < top_k))
+            total += sums[last], before += tokens[last++];
+        int64_t count = 0;
+        if (ranked) {
+            count = gather(last, steepness, ids);
+            if (top_k - before < count) count = top_k - before;
+            for (int64_t j = 0; j < count; ++j) total += weights[ids[j]];
+        } else {
+            total += sums[last];
+        }
         if (settings.top_p < 1) {  // earlier, where the weights before a token reach their share
             const double wanted = settings.top_p * total;
             double sum = 0;
             int b = 0;
             while (b < last && sum + sums[b] < wanted) sum += sums[b++];
-            if (b < last) count = gather(b, steepness, ids);
+            if (b < last || !ranked) count = gather(b, steepness, ids);
             int64_t kept = 0;
             for (; kept < count && (kept == 0 || sum < wanted); ++kept) sum += weights[ids[kept]];
             count = kept;
