@@ -1,5 +1,5 @@
 // Products with few rows of activations, as in decoding: every weight is read from memory once, for all rows together.
-// weights.h has the formats.
+// weights.h has the formats, many_rows.h what multiplies many rows.
 //
 // bf16 weights are widened to float beside float activations. Integer weights meet activations rounded to 16-bit
 // integers under one scale a row: finer than bf16 unless a row's largest value is hundreds of times its typical one, at
@@ -12,24 +12,18 @@
 // and the processor alone decide in which order an output is summed. Only int8, whose sums are exact, changes from
 // vectors to the matrix units (amx.h) with the number of rows.
 #include "amx.h"
-#include "weights.h"
+#include "many_rows.h"
+#include "vectors.h"
 
 namespace hymba {
 namespace {
 
-constexpr int QUAD = 4;               // outputs whose lanes are summed together
-constexpr int OUTPUTS = 32;           // outputs written together
-constexpr int FLOATS = LANES<float>;
-constexpr int64_t AHEAD = 8192;       // bytes that a single stream is called for before it is needed
-constexpr float LARGEST = 127 * 256;  // of activations as integers: they come apart into two signed bytes
-// Rows taken together: the sums stay in registers. Many rows take the larger tile, few would leave it half empty.
-constexpr int FEW_ROWS = VECTOR_BYTES == 64 ? 4 : 2, MANY_ROWS = VECTOR_BYTES == 64 ? 6 : 2;
-constexpr int64_t MANY = 17, TOGETHER = 768;  // rows; those whose activations are arranged at a time
+constexpr int64_t AHEAD = 8192;  // bytes that a single stream is called for before it is needed
+constexpr int FEW_ROWS = VECTOR_BYTES == 64 ? 4 : 2;  // taken together, with the sums in registers
+constexpr int64_t MANY = 17, TOGETHER = 768;          // rows; those whose activations are arranged at a time
 
 template <int M>
 constexpr int STREAMS = M == 1 ? 1 : 2;  // outputs read together, for M rows
-
-typedef int16_t ShortVec __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 // The call's activations as the kernels want them, of `width` values each: chunks_of(in) chunks, made even in number.
 struct Activations {
@@ -51,16 +45,6 @@ struct Turned {
     const int32_t* offsets;  // (chunks, width)
 };
 #endif
-
-// The row of output n + c. Behind the last output the last stands in, and what it gives is dropped.
-template <class T>
-HYMBA_INLINE const T* row_of(const void* data, int64_t stride, const Weights& w, int64_t n, int c) {
-    return static_cast<const T*>(data) + (n + c < w.out ? n + c : w.out - 1) * stride;
-}
-
-HYMBA_INLINE void prefetch(const void* at, int64_t bytes) {
-    __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 2);
-}
 
 // Calls chunk(rows, at, k) for each CHUNK of inputs k in [begin, end), a multiple of CHUNK or `in`: its weights are
 // rows[c][at …], and those that the chunk before has had meet zeros.
@@ -90,6 +74,7 @@ enum class Reads { floats, parted, halves, integers };
 // ---- float ---------------------------------------------------------------------------------------------------------
 
 struct Float {
+    using Panel = FloatPanel<FloatSteps>;
     static constexpr Reads READS = Reads::floats;
     static constexpr bool ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 0;  // the matrix units do not multiply floats
@@ -128,6 +113,7 @@ struct Float {
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
 struct Bfloat {
+    using Panel = FloatPanel<PartedSteps>;
     static constexpr Reads READS = Reads::parted;
     static constexpr bool ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 1;  // from which the matrix units serve
@@ -177,6 +163,7 @@ struct Bfloat {
 #if defined(HYMBA_BF16_DOT)
 // The same with products of bf16 pairs (VDPBF16PS), where the processor has them.
 struct BfloatDot {
+    using Panel = FloatPanel<DotSteps>;
     static constexpr Reads READS = Reads::halves;
     static constexpr bool ALIGNED_LEFT = false;
     static int64_t bytes(int64_t in) { return 2 * in; }
@@ -224,58 +211,8 @@ struct BfloatDot {
 
 // ---- Integers ------------------------------------------------------------------------------------------------------
 
-// Thirty-two weights as 16-bit integers, and the sums of their products with activations.
-struct Shorts {
-#if defined(HYMBA_AVX512)
-    __m512i v;
-    static HYMBA_INLINE Shorts bytes(const int8_t* w) { return {_mm512_cvtepi8_epi16(load_as<__m256i>(w))}; }
-    static HYMBA_INLINE void nibbles(const uint8_t* w, Shorts& low, Shorts& high) {
-        const __m512i both = _mm512_cvtepu8_epi16(load_as<__m256i>(w));
-        low.v = _mm512_and_si512(both, _mm512_set1_epi16(15));
-        high.v = _mm512_srli_epi16(both, 4);
-    }
-    HYMBA_INLINE IntVec dot(IntVec sum, const int16_t* x) const {
-        return reinterpret_cast<IntVec>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), v, load_as<__m512i>(x)));
-    }
-#elif defined(HYMBA_AVX2)
-    __m256i v[2];
-    static HYMBA_INLINE Shorts bytes(const int8_t* w) {
-        return {{_mm256_cvtepi8_epi16(load_as<__m128i>(w)), _mm256_cvtepi8_epi16(load_as<__m128i>(w + 16))}};
-    }
-    static HYMBA_INLINE void nibbles(const uint8_t* w, Shorts& low, Shorts& high) {
-        for (int i = 0; i < 2; ++i) {
-            const __m256i both = _mm256_cvtepu8_epi16(load_as<__m128i>(w + 16 * i));
-            low.v[i] = _mm256_and_si256(both, _mm256_set1_epi16(15));
-            high.v[i] = _mm256_srli_epi16(both, 4);
-        }
-    }
-    HYMBA_INLINE IntVec dot(IntVec sum, const int16_t* x) const {
-        sum = sum + reinterpret_cast<IntVec>(_mm256_madd_epi16(v[0], load_as<__m256i>(x)));
-        return sum + reinterpret_cast<IntVec>(_mm256_madd_epi16(v[1], load_as<__m256i>(x + 16)));
-    }
-#else
-    int16_t v[32];
-    static HYMBA_INLINE Shorts bytes(const int8_t* w) {
-        Shorts s;
-        for (int i = 0; i < 32; ++i) s.v[i] = w[i];
-        return s;
-    }
-    static HYMBA_INLINE void nibbles(const uint8_t* w, Shorts& low, Shorts& high) {
-        for (int i = 0; i < 32; ++i) {
-            low.v[i] = w[i] & 15;
-            high.v[i] = w[i] >> 4;
-        }
-    }
-    HYMBA_INLINE IntVec dot(IntVec sum, const int16_t* x) const {
-        for (int i = 0; i < 32; i += FLOATS)
-            sum = sum + __builtin_convertvector(load_as<ShortVec>(v + i), IntVec) *
-                            __builtin_convertvector(load_as<ShortVec>(x + i), IntVec);
-        return sum;
-    }
-#endif
-};
-
 struct Int8 {
+    using Panel = Int8Panel;
     static constexpr Reads READS = Reads::integers;
     static constexpr bool ALIGNED_LEFT = false;
     static constexpr int AMX_ROWS = 3;
@@ -351,63 +288,8 @@ struct Int8 {
     }
 };
 
-#if defined(HYMBA_AVX512)
-// Takes integers apart, 256 · high + low.
-HYMBA_INLINE void split(const int16_t* x, int64_t width, int8_t* high, int8_t* low) {
-    for (int64_t k = 0; k < width; k += 32) {
-        const __m512i v = load_as<__m512i>(x + k);
-        const __m256i tops = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8));
-        const __m256i rest = _mm512_cvtepi16_epi8(v);
-        std::memcpy(high + k, &tops, sizeof tops);
-        std::memcpy(low + k, &rest, sizeof rest);
-    }
-}
-#endif
-
-// As many groups of 4-bit weights as fill a vector, eight too large each, and their sums of products with activations;
-// a lane's products are of one group. `arrange` puts the activations as the weights lie.
-struct Groups {
-#if defined(HYMBA_AVX512)
-    static constexpr int COUNT = 2;
-    __m512i low, high;
-    HYMBA_INLINE Groups(const uint8_t* w, bool both) {
-        const __m512i v = both ? load_as<__m512i>(w) : _mm512_zextsi256_si512(load_as<__m256i>(w));
-        low = _mm512_and_si512(v, _mm512_set1_epi8(15));
-        high = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
-    }
-    // The products with the activations' high bytes, and 256 of them to one with their low bytes.
-    HYMBA_INLINE IntVec dot(const int16_t* x) const {
-        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, load_as<__m512i>(x));
-        sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, high, load_as<__m512i>(x + 32)), 8);
-        sum = _mm512_dpbusd_epi32(sum, low, load_as<__m512i>(x + 64));
-        return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(sum, high, load_as<__m512i>(x + 96)));
-    }
-    // Each group's scale in its lanes.
-    static HYMBA_INLINE Vec<float> spread(Vec<float> scales, int g) {
-        const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-        return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(g)), scales);
-    }
-    static void arrange(int16_t* x, int64_t width) {
-        for (int64_t k = 0; k < width; k += 2 * CHUNK) {
-            int8_t bytes[4 * CHUNK];
-            for (int i = 0; i < 4; ++i) {
-                int8_t* to = bytes + 32 * (i / 2 + i % 2 * 2);
-                split(x + k + 32 * i, 32, to, to + 2 * CHUNK);
-            }
-            std::memcpy(x + k, bytes, sizeof bytes);
-        }
-    }
-#else
-    static constexpr int COUNT = 1;
-    Shorts low, high;
-    HYMBA_INLINE Groups(const uint8_t* w, bool) { Shorts::nibbles(w, low, high); }
-    HYMBA_INLINE IntVec dot(const int16_t* x) const { return high.dot(low.dot(IntVec{}, x), x + 32); }
-    static HYMBA_INLINE Vec<float> spread(Vec<float> scales, int g) { return splat(scales[g]); }
-    static void arrange(int16_t*, int64_t) {}
-#endif
-};
-
 struct Int4 {
+    using Panel = Int4Panel;
     static constexpr Reads READS = Reads::integers;
     static constexpr bool ALIGNED_LEFT = true;
     static constexpr int AMX_ROWS = 1;
@@ -468,58 +350,6 @@ struct Int4 {
     }
 };
 
-// ---- Activations ---------------------------------------------------------------------------------------------------
-
-// Copies a row to `to` as floats, zeros behind it up to `width`. What is more than whole chunks comes at the start of
-// the last chunk or, unless `left`, at its end. Returns the largest magnitude, NaN if any value is infinite or NaN.
-template <class T>
-float widen_row(const T* x, int64_t in, int64_t width, bool left, float* to) {
-    const int64_t whole = in / CHUNK * CHUNK, shift = left || whole == in ? 0 : whole + CHUNK - in;
-    Vec<float> largest = {}, check = {};
-    std::memset(to + whole, 0, static_cast<size_t>(width - whole) * sizeof(float));
-    for (int64_t k = 0; k < in; k += FLOATS) {
-        const int lanes = in - k < FLOATS ? static_cast<int>(in - k) : FLOATS;
-        const Vec<float> v = load(x + k, lanes), size = v < 0 ? -v : v;
-        largest = size > largest ? size : largest;
-        check += v * 0.0f;
-        store(to + k + (k < whole ? 0 : shift), v, lanes);
-    }
-    float most = 0;
-    for (int i = 0; i < FLOATS; ++i) most = largest[i] > most ? largest[i] : most;
-    return most + sum_lanes<float>(check);
-}
-
-// Even inputs before odd ones within each 2 · FLOATS, as a pair of bf16 weights in 32 bits comes apart.
-void part(float* x, int64_t width) {
-    for (int64_t k = 0; k < width; k += 2 * FLOATS) {
-        float even[FLOATS], odd[FLOATS];
-        for (int i = 0; i < FLOATS; ++i) {
-            even[i] = x[k + 2 * i];
-            odd[i] = x[k + 2 * i + 1];
-        }
-        std::memcpy(x + k, even, sizeof even);
-        std::memcpy(x + k + FLOATS, odd, sizeof odd);
-    }
-}
-
-// Rounds a row to integers under one scale, and returns that: NaN, as all outputs shall be, if the row is not finite.
-float quantize(const float* x, float largest, int64_t width, int16_t* to, float* offsets) {
-    const float inverse = largest > 1e-30f ? LARGEST / largest : 0.0f;
-    const float magic = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to an integer
-    for (int64_t g = 0; g * CHUNK < width; ++g) {
-        Vec<float> sum = {};
-        for (int64_t k = g * CHUNK; k < (g + 1) * CHUNK; k += FLOATS) {
-            const Vec<float> rounded = load(x + k) * inverse + magic;
-            const IntVec n = reinterpret_cast<IntVec>(rounded) - reinterpret_cast<IntVec>(splat(magic));
-            const auto shorts = __builtin_convertvector(n, ShortVec);
-            std::memcpy(to + k, &shorts, sizeof shorts);
-            sum += rounded - magic;
-        }
-        offsets[g] = -8 * sum_lanes<float>(sum);
-    }
-    return largest / LARGEST;
-}
-
 #if defined(HYMBA_AMX)
 // Puts the upper half of every second group first, as amx::unpack does with the weights.
 void swap_second_groups(char* high, char* low, int64_t width) {
@@ -534,49 +364,31 @@ void swap_second_groups(char* high, char* low, int64_t width) {
 
 // ---- Driver --------------------------------------------------------------------------------------------------------
 
-// Writes outputs n … n + count − 1 of every row, from sums (rows, OUTPUTS).
-template <class T>
-void write(const Weights& w, const float* sums, int64_t n, int count, int64_t rows, const float* bias, T* out) {
-    for (int64_t m = 0; m < rows; ++m)
-        for (int c = 0; c < count; c += FLOATS) {
-            const int lanes = count - c < FLOATS ? count - c : FLOATS;
-            Vec<float> y = load(sums + m * OUTPUTS + c, lanes);
-            if (bias) y += load(bias + n + c, lanes);
-            store(out + m * w.out + n + c, y, lanes);
-        }
-}
-
-// Outputs begin … end − 1 of every row, M rows at a time. Few rows find the same weights in the first-level cache; of many,
-// a tile's activations stay there while the weights come from the second level.
+// Outputs begin … end − 1 of every row, M rows at a time: those after the first find the weights in the first-level cache.
 template <class Format, int M, class T>
 void run(const Weights& w, int64_t begin, int64_t end, const Activations& x, int64_t rows, const float* bias, T* out) {
-    const int64_t block = rows < MANY ? rows : M;  // rows whose outputs are written together
-    Scratch<float> sums((block + M) * OUTPUTS);
-    for (int64_t first = 0; first < rows; first += block) {
-        const int64_t height = rows - first < block ? rows - first : block;
-        for (int64_t n = begin; n < end; n += OUTPUTS) {
-            const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
-            for (int c = 0; c < count; c += QUAD)
-                for (int64_t m = 0; m < height; m += M) {
-                    float tile[M][QUAD];
-                    Format::template tile<M>(w, n + c, x, first + m, tile);
-                    for (int r = 0; r < M; ++r) std::memcpy(sums + (m + r) * OUTPUTS + c, tile[r], sizeof tile[r]);
-                }
-            write(w, sums, n, count, height, bias, out + first * w.out);
-        }
+    Scratch<float> sums((rows + M) * OUTPUTS);
+    for (int64_t n = begin; n < end; n += OUTPUTS) {
+        const int count = static_cast<int>(end - n < OUTPUTS ? end - n : OUTPUTS);
+        for (int c = 0; c < count; c += QUAD)
+            for (int64_t m = 0; m < rows; m += M) {
+                float tile[M][QUAD];
+                Format::template tile<M>(w, n + c, x, m, tile);
+                for (int r = 0; r < M; ++r) std::memcpy(sums + (m + r) * OUTPUTS + c, tile[r], sizeof tile[r]);
+            }
+        write(w, sums, n, count, rows, bias, out);
     }
 }
 
 // Calls some(begin, end) for stretches of outputs, each long enough to be worth a visit and begun at a multiple
-// of QUAD; a small matrix is left to one thread, which is done before others are awake. Of many rows a stretch of weights
-// is read again and again, and has to fit the second-level cache.
+// of QUAD; a small matrix is left to one thread, which is done before others are awake.
 template <class Some>
 void share_out(const Weights& w, int64_t bytes, int64_t rows, int threads, const Some& some) {
     constexpr int64_t ALONE = 1 << 16, TASK = 1 << 17, MOST = 8;  // bytes, bytes, tasks a thread
     const int64_t total = w.out * bytes, quads = (w.out + QUAD - 1) / QUAD;
     if (total * (rows + 3) / 4 < ALONE) threads = 1;
     int64_t tasks = (total / TASK + threads - 1) / threads;
-    tasks = threads * (tasks < 1 ? 1 : tasks < MOST || rows >= MANY ? tasks : MOST);
+    tasks = threads * (tasks < 1 ? 1 : tasks < MOST ? tasks : MOST);
     if (tasks > quads) tasks = quads;
     parallel_stretches(tasks, threads, [&](int64_t task) {
         const int64_t end = quads * (task + 1) / tasks * QUAD;
@@ -584,12 +396,22 @@ void share_out(const Weights& w, int64_t bytes, int64_t rows, int threads, const
     });
 }
 
-// Takes up to TOGETHER rows.
+// Brings a row of `width` floats into the form that Format reads: in place or, if it is not floats, in `halves` or
+// `integers` and `offsets`. Returns its scale.
+template <class Format>
+float arrange_row(float* floats, float largest, int64_t width, bf16* halves, int16_t* integers, float* offsets) {
+    if (Format::READS == Reads::integers) return quantize(floats, largest, width, integers, offsets);
+    if (Format::READS == Reads::parted) part(floats, width);
+    if (Format::READS == Reads::halves)
+        for (int64_t k = 0; k < width; k += FLOATS) store(halves + k, load(floats + k));
+    return 1;
+}
+
 template <class Format, class T>
-void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
+void linear_of_few(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
     constexpr Reads READS = Format::READS;
     constexpr bool WIDE = READS == Reads::floats || READS == Reads::parted;
-    const int together = rows == 1 ? 1 : rows == 2 ? 2 : rows < MANY ? FEW_ROWS : MANY_ROWS;
+    const int together = rows == 1 ? 1 : rows == 2 ? 2 : FEW_ROWS;
     const int64_t chunks = (chunks_of(w.in) + 1) / 2 * 2, width = chunks * CHUNK;
     const int64_t all = (rows + together - 1) / together * together;  // the rest fill the last tile up
     Scratch<float> floats(WIDE ? all * width : 0), scales(all), offsets(all * chunks);
@@ -600,11 +422,8 @@ void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, 
         for (int64_t m = begin; m < end; ++m) {
             float* row = WIDE ? floats + m * width : narrow;
             const float largest = widen_row(x + (m < rows ? m : 0) * w.in, w.in, width, Format::ALIGNED_LEFT, row);
-            if (READS == Reads::integers)
-                scales[m] = quantize(row, largest, width, integers + m * width, offsets + m * chunks);
-            if (READS == Reads::parted) part(row, width);
-            if (READS == Reads::halves)
-                for (int64_t k = 0; k < width; k += FLOATS) store(halves + m * width + k, load(row + k));
+            scales[m] = arrange_row<Format>(row, largest, width, halves + m * width, integers + m * width,
+                                            offsets + m * chunks);
             if (std::is_same_v<Format, Int4>) Groups::arrange(integers + m * width, width);
         }
     });
@@ -613,8 +432,46 @@ void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, 
         if (together == 1) run<Format, 1>(w, begin, end, a, rows, bias, out);
         if (together == 2) run<Format, 2>(w, begin, end, a, rows, bias, out);
         if (together == FEW_ROWS && FEW_ROWS > 2) run<Format, FEW_ROWS>(w, begin, end, a, rows, bias, out);
-        if (together == MANY_ROWS && MANY_ROWS > 2) run<Format, MANY_ROWS>(w, begin, end, a, rows, bias, out);
     });
+}
+
+// Takes CHUNK inputs or more.
+template <class Format, class T>
+void linear_of_many(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
+    constexpr Reads READS = Format::READS;
+    constexpr int64_t SIZE = READS == Reads::halves || READS == Reads::integers ? 2 : 4;
+    const int64_t chunks = (chunks_of(w.in) + 1) / 2 * 2, width = chunks * CHUNK;
+    const int64_t all = (rows + MANY_ROWS - 1) / MANY_ROWS * MANY_ROWS;  // the rest fill the last tile up
+    Scratch<char> vectors(all * width * SIZE);
+    Scratch<float> scales(all), offsets(all * chunks);
+    parallel_rows(all, width, 1 << 17, threads, [&](int64_t begin, int64_t end) {
+        Scratch<float> floats(width);
+        Scratch<bf16> halves(width);
+        Scratch<int16_t> integers(width);
+        for (int64_t m = begin; m < end; ++m) {
+            const float largest = widen_row(x + (m < rows ? m : 0) * w.in, w.in, width, Format::ALIGNED_LEFT, floats);
+            scales[m] = arrange_row<Format>(floats, largest, width, halves, integers, offsets + m * chunks);
+            if (std::is_same_v<Format, Int4>) Groups::arrange_unpacked(integers, width);
+            const int r = static_cast<int>(m % MANY_ROWS);
+            char* tile = vectors + (m - r) * width * SIZE;
+            const void* row = READS == Reads::halves ? static_cast<const void*>(halves) : floats;
+            READS == Reads::integers ? put_shorts(integers, width, r, tile) : put_halves(row, width * SIZE, r, tile);
+        }
+    });
+    share_panels<typename Format::Panel>(w, threads, [&](int64_t begin, int64_t end) {
+        const auto tile_at = [&](int64_t m) {
+            return Tile{vectors + m * width * SIZE, scales + m, offsets + m * chunks, chunks, m / MANY_ROWS};
+        };
+        multiply_panel<typename Format::Panel>(w, begin, end, rows, tile_at, bias, out);
+    });
+}
+
+template <class Format, class T>
+void linear_by_vectors(const Weights& w, const T* x, T* out, const float* bias, int64_t rows, int threads) {
+    if (rows >= MANY && w.in >= CHUNK)
+        linear_of_many<Format>(w, x, out, bias, rows, threads);
+    else
+        linear_of_few<Format>(w, x, out, bias, rows, threads);
 }
 
 #if defined(HYMBA_AMX)
