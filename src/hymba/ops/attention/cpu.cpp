@@ -15,6 +15,12 @@ constexpr int HEADS = 5;  // that share a read of a key or a value, at most
 constexpr int TILE = 8;   // queries whose results are kept together
 constexpr int64_t MOST_POSITIONS = 1 << 22;
 
+int64_t last_position(const Attention& d) {
+    int64_t last = -1;
+    for (int64_t i = 0; i < d.rows * d.steps; ++i) last = d.query_positions[i] > last ? d.query_positions[i] : last;
+    return last;
+}
+
 // Bits 0 … n − 1.
 HYMBA_INLINE uint64_t lowest(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
@@ -25,21 +31,14 @@ struct Vectors {
     const int64_t key_floats = padded(d.key_width), value_floats = padded(d.value_width);
     const int64_t shared = d.heads / d.groups;  // heads of a group
     const int64_t result = value_floats + 2;    // floats of a head's part
-    const int64_t positions = last_position() + 1, parts = (positions + PART - 1) / PART;
+    const int64_t positions = last_position(d) + 1, parts = (positions + PART - 1) / PART;
     const int64_t segments = (parts + SEGMENT - 1) / SEGMENT;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d.key_width));
     const Scratch<int32_t> slots{d.rows * parts * PART};  // of each position, −1 if there is no key
     const Scratch<uint64_t> present{d.rows * parts};      // of each part, a bit for each position that has a key
 
-    int64_t last_position() const {
-        int64_t last = -1;
-        for (int64_t i = 0; i < d.rows * d.steps; ++i) last = d.query_positions[i] > last ? d.query_positions[i] : last;
-        return last;
-    }
-
-    // Returns whether the kernel serves: no two keys of a row stand at the same position, and none too far away.
+    // Returns whether the kernel serves: no two keys of a row stand at the same position.
     bool run() const {
-        if (positions > MOST_POSITIONS) return false;
         std::atomic<bool> unique{true};
         parallel_rows(d.rows, d.slots, 1 << 15, static_cast<int>(d.threads), [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row)
@@ -336,6 +335,7 @@ struct Vectors {
 // Returns 0 if the keys of a row stand at positions that the kernel does not serve; nothing is written then.
 HYMBA_API int hymba_attention(const Attention* d) {
     if (decode_with_tiles(*d)) return 1;
+    if (last_position(*d) >= MOST_POSITIONS) return 0;
     if (d->dtype == 1 && d->k_scales) return Vectors<bf16, int8_t>{*d}.run();
     if (d->dtype == 1) return Vectors<bf16, bf16>{*d}.run();
     if (d->k_scales) return Vectors<float, int8_t>{*d}.run();
