@@ -12,7 +12,8 @@ namespace {
 
 constexpr int KEYS = 4;   // scored together
 constexpr int HEADS = 5;  // that share a read of a key or a value, at most
-constexpr int TILE = 8;   // queries whose results are kept together
+constexpr int TILE = 16;  // queries whose results are kept together
+constexpr int ROWS = 4;   // queries' heads scored together against widened keys
 constexpr int64_t MOST_POSITIONS = 1 << 22;
 
 int64_t last_position(const Attention& d) {
@@ -165,7 +166,7 @@ struct Vectors {
 
     // ---- Many queries a row --------------------------------------------------------------------------------------------
 
-    // A task is TILE queries and the heads of one group, whose keys and values of a part fit the first-level cache.
+    // A task is TILE queries and the heads of one group: keys and values are widened once for all of them.
     void run_prefill() const {
         const int64_t tiles = (d.steps + TILE - 1) / TILE;
         parallel_for(d.rows * d.groups * tiles, static_cast<int>(d.threads), [&](int64_t i) {
@@ -174,26 +175,74 @@ struct Vectors {
         });
     }
 
+    // A part's keys and values of one group as floats, as load_pair gives them, and their scales.
+    struct Widened {
+        Scratch<float> keys;    // (key_floats, PART)
+        Scratch<float> values;  // (value_floats / PAIR, PART, PAIR)
+        Scratch<float> key_scales, value_scales;
+        explicit Widened(const Vectors& a)
+            : keys(a.key_floats * PART), values(a.value_floats * PART), key_scales(PART), value_scales(PART) {}
+    };
+
+    void widen_part(int64_t row, int64_t group, const Places& places, const Widened& to) const {
+        for (int64_t i = 0; i < key_floats; i += PAIR)
+            for (int j = 0; j < PART; j += FLOATS) {
+                Vec<float> first[FLOATS], second[FLOATS];
+#pragma GCC unroll 16
+                for (int k = 0; k < FLOATS; ++k) {
+                    const Pair x = load_pair(places.keys[j + k] + group * d.key_width + i, d.key_width - i);
+                    first[k] = x.first;
+                    second[k] = x.second;
+                }
+                rotate<FLOATS>(first, __builtin_ctz(FLOATS));
+                rotate<FLOATS>(second, __builtin_ctz(FLOATS));
+                for (int k = 0; k < FLOATS; ++k) {
+                    store(to.keys + (i + k) * PART + j, first[k]);
+                    store(to.keys + (i + FLOATS + k) * PART + j, second[k]);
+                }
+            }
+        for (int64_t i = 0; i < value_floats; i += PAIR)
+            for (int j = 0; j < PART; ++j) {
+                const Pair x = load_pair(places.values[j] + group * d.value_width + i, d.value_width - i);
+                store(to.values + i * PART + j * PAIR, x.first);
+                store(to.values + i * PART + j * PAIR + FLOATS, x.second);
+            }
+        if (d.k_scales) widen_scales(d.k_scales, row * d.k_scales_row + group, d.k_scales_slot, places, to.key_scales);
+        if (d.v_scales) widen_scales(d.v_scales, row * d.v_scales_row + group, d.v_scales_slot, places, to.value_scales);
+    }
+
+    void widen_scales(const bf16* scales, int64_t start, int64_t stride, const Places& places, float* to) const {
+        for (int j = 0; j < PART; ++j) {
+            const int64_t slot = places.slots[j];
+            to[j] = slot < 0 ? 0 : hymba::widen(scales[start + slot * stride]);
+        }
+    }
+
     void attend_tile(int64_t row, int64_t group, int64_t first, int64_t count) const {
         const int64_t* query = d.query_positions + row * d.steps + first;
-        const int64_t head = group * shared, stride = shared * result;
-        Scratch<float> queries(count * shared * key_floats), pair(TILE * SEGMENT * stride);
+        const int64_t head = group * shared, stride = shared * result, rows = (count * shared + ROWS - 1) / ROWS * ROWS;
+        Scratch<float> queries(rows * key_floats), weights(rows * PART), pair(TILE * SEGMENT * stride);
         Scratch<float> results(count * segments * stride), whole(result);
+        const Widened widened(*this);
         int64_t merged[TILE] = {};  // segments of each query
+        std::memset(queries, 0, static_cast<size_t>(rows * key_floats) * sizeof(float));
         for (int64_t t = 0; t < count; ++t)
             arrange_queries(row, first + t, head, shared, queries + t * shared * key_floats);
         for (int64_t segment = 0; segment < segments; ++segment) {
             int64_t attended[TILE] = {};  // parts of each query
             for (int64_t part = segment * SEGMENT; part < (segment + 1) * SEGMENT && part < parts; ++part) {
-                if (!present[row * parts + part]) continue;
+                uint64_t seen[TILE] = {}, any = 0;
+                float* to[TILE] = {};
+                for (int64_t t = 0; t < count; ++t) {
+                    seen[t] = present[row * parts + part] ? sight(row, query[t], part) : 0;
+                    if (seen[t]) to[t] = pair + (t * SEGMENT + attended[t]++) * stride;
+                    any |= seen[t];
+                }
+                if (!any) continue;
                 Places places;
                 find_places(row, part, places);
-                for (int64_t t = 0; t < count; ++t) {
-                    const uint64_t seen = sight(row, query[t], part);
-                    if (!seen) continue;
-                    float* to = pair + (t * SEGMENT + attended[t]++) * stride;
-                    attend(row, places, seen, queries + t * shared * key_floats, group, group + 1, to);
-                }
+                widen_part(row, group, places, widened);
+                attend_part(widened, seen, count, queries, weights, to);
             }
             for (int64_t t = 0; t < count; ++t) {
                 if (!attended[t]) continue;
@@ -208,6 +257,121 @@ struct Vectors {
                 const int64_t at = ((row * d.steps + first + t) * d.heads + head + h) * d.value_width;
                 write<T>(whole, d.value_width, static_cast<Q*>(d.out) + at);
             }
+    }
+
+    // Writes the results of each query that sees something of a part, at to[t], as `attend` does for one.
+    void attend_part(const Widened& x, const uint64_t* seen, int64_t count, const float* queries, float* weights,
+                     float* const* to) const {
+        int64_t begin = count * shared, end = 0;  // rows of queries that see something
+        for (int64_t t = 0; t < count; ++t) {
+            if (seen[t] && begin > t * shared) begin = t * shared;
+            if (seen[t]) end = (t + 1) * shared;
+        }
+        for (int64_t r = begin / ROWS * ROWS; r < end; r += ROWS)
+            score_rows(x.keys, queries + r * key_floats, weights + r * PART);
+        int at[TILE][PART], seen_count[TILE];
+        for (int64_t t = 0; t < count; ++t) {
+            seen_count[t] = 0;
+            for (uint64_t rest = seen[t]; rest; rest &= rest - 1) at[t][seen_count[t]++] = __builtin_ctzll(rest);
+            for (int64_t h = 0; h < shared && seen[t]; ++h)
+                weight_row(x, seen[t], at[t], seen_count[t], weights + (t * shared + h) * PART, to[t] + h * result);
+        }
+        for (int64_t i = 0; i < value_floats; i += 2 * PAIR)
+            for (int64_t t = 0; t < count; ++t) {
+                if (!seen[t]) continue;
+                const float* of = weights + t * shared * PART;
+                const float* values = x.values + i * PART;
+                if (i + PAIR < value_floats)
+                    weigh_heads<2>(values, at[t], seen_count[t], of, to[t] + 2 + i);
+                else
+                    weigh_heads<1>(values, at[t], seen_count[t], of, to[t] + 2 + i);
+            }
+    }
+
+    // Scores ROWS rows against all keys. A vector holds one lane of sums of `score_heads`, of as many keys as it has
+    // lanes; they are added in the order of sum_lanes_of.
+    void score_rows(const float* keys, const float* queries, float* scores) const {
+        constexpr int QUARTER = FLOATS / 4;
+        for (int j = 0; j < PART; j += 2 * FLOATS) {
+            Vec<float> totals[ROWS][2];
+            for (int lane = 0; lane < QUARTER; ++lane) {
+                Vec<float> a[ROWS][2] = {}, b[ROWS][2] = {}, c[ROWS][2] = {};
+                add_lane(keys + j, queries, lane, a);
+                add_lane(keys + j, queries, lane + 2 * QUARTER, b);
+                for (int r = 0; r < ROWS; ++r)
+                    for (int k = 0; k < 2; ++k) {
+                        a[r][k] += b[r][k];
+                        b[r][k] = Vec<float>{};
+                    }
+                add_lane(keys + j, queries, lane + QUARTER, b);
+                add_lane(keys + j, queries, lane + 3 * QUARTER, c);
+                for (int r = 0; r < ROWS; ++r)
+                    for (int k = 0; k < 2; ++k) {
+                        a[r][k] += b[r][k] + c[r][k];
+                        totals[r][k] = lane ? totals[r][k] + a[r][k] : a[r][k];
+                    }
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int k = 0; k < 2; ++k) store(scores + r * PART + j + k * FLOATS, totals[r][k]);
+        }
+    }
+
+    HYMBA_INLINE void add_lane(const float* keys, const float* queries, int lane, Vec<float> (&sums)[ROWS][2]) const {
+        for (int64_t i = lane; i < key_floats; i += PAIR) {
+            const float *first = keys + i * PART, *second = first + FLOATS * PART;
+            const Vec<float> k[4] = {load(first), load(first + FLOATS), load(second), load(second + FLOATS)};
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const float x = queries[r * key_floats + i], y = queries[r * key_floats + i + FLOATS];
+                sums[r][0] = sums[r][0] + k[0] * x + k[2] * y;
+                sums[r][1] = sums[r][1] + k[1] * x + k[3] * y;
+            }
+        }
+    }
+
+    // Turns a head's scores into weights of what is seen, one behind the other.
+    void weight_row(const Widened& x, uint64_t seen, const int* at, int count, float* of, float* to) const {
+        if (d.k_scales)
+            for (int j = 0; j < PART; j += FLOATS) store(of + j, load(of + j) * load(x.key_scales + j));
+        for (uint64_t unseen = ~seen; unseen; unseen &= unseen - 1) of[__builtin_ctzll(unseen)] = -INFINITY;
+        softmax(of, PART, to);
+        if (d.v_scales)
+            for (int j = 0; j < PART; j += FLOATS) store(of + j, load(of + j) * load(x.value_scales + j));
+        if (count < PART)
+            for (int j = 0; j < count; ++j) of[j] = of[at[j]];
+    }
+
+    // The weighted sums of P · PAIR columns of the values, for the heads of one query.
+    template <int P>
+    void weigh_heads(const float* values, const int* at, int count, const float* weights, float* out) const {
+        for (int64_t h = 0, take; h < shared; h += take) {
+            take = shared - h < HEADS ? shared - h : HEADS;
+            const float* of = weights + h * PART;
+            float* to = out + h * result;
+            switch (take) {
+                case 1: weigh_columns<1, P>(values, at, count, of, to); break;
+                case 2: weigh_columns<2, P>(values, at, count, of, to); break;
+                case 3: weigh_columns<3, P>(values, at, count, of, to); break;
+                case 4: weigh_columns<4, P>(values, at, count, of, to); break;
+                default: weigh_columns<HEADS, P>(values, at, count, of, to);
+            }
+        }
+    }
+
+    template <int R, int P>
+    void weigh_columns(const float* values, const int* at, int count, const float* weights, float* out) const {
+        Vec<float> sums[R][2 * P] = {};
+        for (int j = 0; j < count; ++j) {
+            Vec<float> v[2 * P];
+#pragma GCC unroll 4
+            for (int p = 0; p < 2 * P; ++p) v[p] = load(values + (p / 2 * PART + at[j]) * PAIR + p % 2 * FLOATS);
+#pragma GCC unroll 5
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int p = 0; p < 2 * P; ++p) sums[r][p] = sums[r][p] + v[p] * weights[r * PART + j];
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < 2 * P; ++p) store(out + r * result + p * FLOATS, sums[r][p]);
     }
 
     // ---- A query and a part --------------------------------------------------------------------------------------------

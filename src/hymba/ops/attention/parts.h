@@ -44,12 +44,22 @@ HYMBA_INLINE Pair load_pair(const bf16* from) {
     std::memcpy(&both, from, sizeof both);
     return {reinterpret_cast<Vec<float>>(both << 16), reinterpret_cast<Vec<float>>(both & 0xffff0000u)};
 }
-HYMBA_INLINE Pair load_pair(const int8_t* from) {
+// GCC 12 takes long ways with __builtin_convertvector of bytes.
+HYMBA_INLINE IntVec load_bytes(const int8_t* from) {
+#if defined(HYMBA_AVX512)
+    return reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(HYMBA_AVX2)
+    return reinterpret_cast<IntVec>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
     typedef int8_t Bytes __attribute__((vector_size(FLOATS)));
-    Bytes halves[2];
-    std::memcpy(halves, from, sizeof halves);
-    const IntVec first = __builtin_convertvector(halves[0], IntVec), second = __builtin_convertvector(halves[1], IntVec);
-    return {__builtin_convertvector(first, Vec<float>), __builtin_convertvector(second, Vec<float>)};
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, IntVec);
+#endif
+}
+HYMBA_INLINE Pair load_pair(const int8_t* from) {
+    return {__builtin_convertvector(load_bytes(from), Vec<float>),
+            __builtin_convertvector(load_bytes(from + FLOATS), Vec<float>)};
 }
 template <class T>
 HYMBA_INLINE Pair load_pair(const T* from, int64_t count) {
