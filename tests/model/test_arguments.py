@@ -17,6 +17,7 @@ BACKENDS = [name for name in ("reference", "cpu", "native") if name not in missi
 EVERY_BACKEND = [*BACKENDS, *([] if "triton" in missing() else [pytest.param("triton", marks=pytest.mark.slow)])]
 
 WRONG = [
+    ({"tokens": [[1, 2]]}, "tokens and embeddings must be tensors, not list"),
     ({"tokens": IDS[0]}, r"tokens must be \(batch, time\) int64, not \(3,\)"),
     ({"tokens": IDS.float()}, "tokens must be .* not .* torch.float32"),
     ({"tokens": IDS + 60}, "tokens holds 66, but must be 0 to 60"),

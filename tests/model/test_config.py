@@ -131,3 +131,9 @@ def test_what_changes_nothing_is_accepted(released):
         {"head_dim": config.head_dim},
     ):
         assert HymbaConfig.from_released(released | changes) == config
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 0.0}, {"rope_theta": -1.0}, {"rms_norm_eps": -1e-6}])
+def test_numbers_that_give_nan_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(HymbaError, match="not a positive number"):
+        HymbaConfig.named("tiny", **change)

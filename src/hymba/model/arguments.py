@@ -66,6 +66,9 @@ def check_inputs(config: HymbaConfig, tokens: Tensor | None, embeddings: Tensor 
     """
     if (tokens is None) == (embeddings is None):
         raise HymbaError("give either tokens or embeddings")
+    if not isinstance(tokens if embeddings is None else embeddings, Tensor):
+        kind = type(tokens if embeddings is None else embeddings).__name__
+        raise HymbaError(f"tokens and embeddings must be tensors, not {kind}")
     if tokens is not None:
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise HymbaError(f"tokens must be (batch, time) int64, not {tuple(tokens.shape)} {tokens.dtype}")

@@ -104,6 +104,8 @@ class HymbaConfig:
                 self.d_inner == self.num_attention_heads * self.v_head_dim,
             ),
             ("head_dim is odd", self.head_dim % 2 == 0),
+            (f"rope_theta is {self.rope_theta!r}, not a positive number", self.rope_theta > 0),
+            (f"rms_norm_eps is {self.rms_norm_eps!r}, not a positive number", self.rms_norm_eps > 0),
             (f"rope_type is {self.rope_type!r}, not one of {ROPE_TYPES}", self.rope_type in ROPE_TYPES),
             (
                 f"sliding_window is {self.sliding_window!r}, not a number of tokens",

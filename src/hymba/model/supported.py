@@ -29,7 +29,7 @@ _NEUTRAL: dict[str, Any] = {
         (
             *("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop"),
             *("dropout", "hidden_dropout", "hidden_dropout_prob", "residual_dropout", "embedding_dropout"),
-            *("activation_dropout", "mlp_dropout", "ffn_dropout", "layerdrop"),
+            *("activation_dropout", "mlp_dropout", "ffn_dropout", "layerdrop", "classifier_dropout"),
         ),
         0.0,
     ),
@@ -37,10 +37,11 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "use_mrope", "rope_interleaved", "use_alibi"), False),
     **dict.fromkeys(("parallel_residual", "use_parallel_residual", "use_bidirectional_attention"), False),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), False),
-    **dict.fromkeys(("is_causal", "use_sliding_window"), True),
+    **dict.fromkeys(("is_causal", "use_sliding_window", "scale_attn_weights"), True),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_factor"), 1.0),
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), 1.0),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "mrope_section")),
+    **dict.fromkeys(("no_rope_layers", "time_step_limit")),
     "num_local_experts": 1,
 }
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
