@@ -39,7 +39,7 @@ class Puppet:
             return forward(tokens, **rest)
 
         def speak(hidden: torch.Tensor) -> torch.Tensor:
-            return torch.eye(len(self.tokenizer))[[self.lines.pop(0)]]
+            return torch.eye(len(self.tokenizer))[self.lines.pop(0)].expand(*hidden.shape[:-1], -1)
 
         self.model.forward, self.model.logits = note, speak
 

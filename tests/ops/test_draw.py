@@ -8,9 +8,10 @@ from drawing import ROWS, SETTINGS, chi_square, near, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hymba.errors import HymbaError
 from hymba.ops import native
+from hymba.ops.draw import draw_tokens, reference
 from hymba.ops.draw import native as ours
-from hymba.ops.draw import reference
 
 WIDTHS = (1, 2, 15, 16, 17, 63, 64, 65, 600, 5000)
 RUNS = {"reference": reference.draw_tokens, "native": ours.draw_tokens}
@@ -166,3 +167,9 @@ def test_noise_is_that_of_its_docstring() -> None:
 def test_noise_is_finite_at_both_ends() -> None:
     ends = reference._noise(torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)).tolist()
     assert ends == pytest.approx([-math.log(53 * math.log(2)), 53 * math.log(2)], rel=1e-15)
+
+
+def test_logits_of_other_dimensions_are_refused():
+    numbers, counts = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    with pytest.raises(HymbaError, match="logits must be"):
+        draw_tokens(torch.zeros(5), numbers, counts, numbers, numbers, counts, counts)

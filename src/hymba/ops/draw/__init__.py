@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba.errors import HymbaError
 from hymba.ops import gpu
 from hymba.ops.backend import choose
 from hymba.ops.draw import native, reference
@@ -44,7 +45,15 @@ def draw_tokens(
 
     Returns:
         (B,) int64; −1 for a row with a NaN, −2 for one where every logit is −∞. Among equals the lower id comes first.
+
+    Raises:
+        HymbaError: the logits are not (B, vocab), or an argument is not (B,).
     """
+    rows = {x.shape for x in (temperature, top_k, top_p, min_p, seeds, indices)}
+    if logits.dim() != 2 or rows != {logits.shape[:1]}:
+        raise HymbaError(
+            f"logits must be (rows, vocabulary) and the rest (rows,), not {tuple(logits.shape)} and {rows}"
+        )
     return choose(IMPLEMENTATIONS, logits)(logits, temperature, top_k, top_p, min_p, seeds, indices)
 
 
