@@ -113,7 +113,8 @@ struct Vectors {
     // The segments of all rows are tasks, and a thread takes neighboring ones, so that memory streams.
     void run_decode() const {
         Scratch<int64_t> tasks(d.rows * segments), starts(d.rows + 1);
-        const int64_t count = list_tasks(tasks, starts), stride = d.heads * result;
+        const auto seen = [&](int64_t row, int64_t part) { return sight(row, d.query_positions[row], part); };
+        const int64_t count = list_segments(d.rows, parts, seen, tasks, starts), stride = d.heads * result;
         const int64_t runs = d.threads < count ? d.threads : count;
         Scratch<float> results(count * stride);
         parallel_for(runs, static_cast<int>(runs), [&](int64_t i) {
@@ -126,28 +127,7 @@ struct Vectors {
                 attend_segment(row, tasks[at] % segments, queries, results + at * stride);
             }
         });
-        parallel_for(d.rows, static_cast<int>(d.threads), [&](int64_t row) {
-            Scratch<float> whole(result);
-            for (int64_t h = 0; h < d.heads; ++h) {
-                merge(results + starts[row] * stride + h * result, starts[row + 1] - starts[row], stride, result, whole);
-                write<T>(whole, d.value_width, static_cast<Q*>(d.out) + (row * d.heads + h) * d.value_width);
-            }
-        });
-    }
-
-    // Lists the segments in which something is seen, and where each row begins in that list.
-    int64_t list_tasks(int64_t* tasks, int64_t* starts) const {
-        int64_t count = 0;
-        for (int64_t row = 0; row < d.rows; ++row) {
-            starts[row] = count;
-            for (int64_t part = 0; part < parts; ++part) {
-                const int64_t task = row * segments + part / SEGMENT;
-                const bool seen = sight(row, d.query_positions[row], part) != 0;
-                if (seen && (count == starts[row] || tasks[count - 1] != task)) tasks[count++] = task;
-            }
-        }
-        starts[d.rows] = count;
-        return count;
+        write_rows<T, Q>(d, results, starts, result);
     }
 
     void attend_segment(int64_t row, int64_t segment, const float* queries, float* to) const {

@@ -47,35 +47,15 @@ struct Decoder {
 
     void run() const {
         Scratch<int64_t> tasks(d.rows * segments), starts(d.rows + 1);
-        const int64_t count = list_tasks(tasks, starts), stride = d.heads * result;
+        const auto see = [&](int64_t row, int64_t part) { return sights[row * parts + part] = look(row, part); };
+        const int64_t count = list_segments(d.rows, parts, see, tasks, starts), stride = d.heads * result;
         const int64_t runs = d.threads < count ? d.threads : count;  // of neighboring segments, so that memory streams
         Scratch<float> results(count * stride);
         parallel_for(runs, static_cast<int>(runs), [&](int64_t i) {
             const int64_t first = count * i / runs, last = count * (i + 1) / runs;
             attend_run(tasks + first, last - first, results + first * stride);
         });
-        parallel_for(d.rows, static_cast<int>(d.threads), [&](int64_t row) {
-            Scratch<float> whole(result);
-            for (int64_t h = 0; h < d.heads; ++h) {
-                merge(results + starts[row] * stride + h * result, starts[row + 1] - starts[row], stride, result, whole);
-                write<T>(whole, d.value_width, static_cast<Q*>(d.out) + (row * d.heads + h) * d.value_width);
-            }
-        });
-    }
-
-    // Looks at all positions; lists the segments in which something is seen, and where each row begins in that list.
-    int64_t list_tasks(int64_t* tasks, int64_t* starts) const {
-        int64_t count = 0;
-        for (int64_t row = 0; row < d.rows; ++row) {
-            starts[row] = count;
-            for (int64_t part = 0; part < parts; ++part) {
-                const int64_t task = row * segments + part / SEGMENT;
-                const uint64_t sight = sights[row * parts + part] = look(row, part);
-                if (sight && (count == starts[row] || tasks[count - 1] != task)) tasks[count++] = task;
-            }
-        }
-        starts[d.rows] = count;
-        return count;
+        write_rows<T, Q>(d, results, starts, result);
     }
 
     // Which slots of a part the row's query sees, a bit each.

@@ -141,5 +141,35 @@ void write(const float* whole, int64_t width, Q* out) {
         store(out + i, load(entries + i), width - i < FLOATS ? static_cast<int>(width - i) : FLOATS);
 }
 
+// Lists the segments (row · segments of a row + segment) with a part for which seen(row, part) is not 0, and where each row
+// begins in that list; returns their number. Every part is asked for once, in order.
+template <class Seen>
+int64_t list_segments(int64_t rows, int64_t parts, const Seen& seen, int64_t* tasks, int64_t* starts) {
+    const int64_t segments = (parts + SEGMENT - 1) / SEGMENT;
+    int64_t count = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        starts[row] = count;
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t task = row * segments + part / SEGMENT;
+            if (seen(row, part) && (count == starts[row] || tasks[count - 1] != task)) tasks[count++] = task;
+        }
+    }
+    starts[rows] = count;
+    return count;
+}
+
+// Merges the results (segments, heads, size) of each row, one query a row, and writes the outputs.
+template <class T, class Q>
+void write_rows(const Attention& d, const float* results, const int64_t* starts, int64_t size) {
+    const int64_t stride = d.heads * size;
+    parallel_for(d.rows, static_cast<int>(d.threads), [&](int64_t row) {
+        Scratch<float> whole(size);
+        for (int64_t h = 0; h < d.heads; ++h) {
+            merge(results + starts[row] * stride + h * size, starts[row + 1] - starts[row], stride, size, whole);
+            write<T>(whole, d.value_width, static_cast<Q*>(d.out) + (row * d.heads + h) * d.value_width);
+        }
+    });
+}
+
 }  // namespace
 }  // namespace hymba

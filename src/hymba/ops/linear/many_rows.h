@@ -354,7 +354,7 @@ class Int4Panel {
 
 // ---- Driver --------------------------------------------------------------------------------------------------------
 
-// Calls some(begin, end) for panels of outputs, begun at multiples of QUAD.
+// Calls some(begin, end) for panels of outputs that start at multiples of QUAD.
 template <class Panel, class Some>
 void share_panels(const Weights& w, int threads, const Some& some) {
     const int64_t quads = (w.out + QUAD - 1) / QUAD, bytes = w.in * QUAD * Panel::WEIGHT_BYTES;

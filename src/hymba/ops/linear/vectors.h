@@ -166,7 +166,7 @@ struct Groups {
 
 // ---- Activations ---------------------------------------------------------------------------------------------------
 
-// Copies a row to `to` as floats, zeros behind it up to `width`. What is more than whole chunks comes at the start of
+// Copies a row to `to` as floats, zeros after it up to `width`. What is more than whole chunks comes at the start of
 // the last chunk or, unless `left`, at its end. Returns the largest magnitude, NaN if any value is infinite or NaN.
 template <class T>
 float widen_row(const T* x, int64_t in, int64_t width, bool left, float* to) {
